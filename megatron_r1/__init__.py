@@ -1,0 +1,1 @@
+"""DeepSeek-R1's training on Megatron-Core and vLLM."""
