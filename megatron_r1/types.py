@@ -72,3 +72,13 @@ class Microbatch:
     sampler_logprobs_T: torch.Tensor | None = None  # float32, 0 where loss_mask is 0
     old_logprobs_T: torch.Tensor | None = None  # float32, filled by Policy.attach_logprobs
     ref_logprobs_T: torch.Tensor | None = None  # float32, filled by Policy.attach_logprobs
+
+
+@dataclass
+class LossOutput:
+    """What an algorithm's loss returns for one microbatch; the optimizer step divides by the global count."""
+
+    loss_sum: torch.Tensor  # scalar with grad: the sum over this microbatch
+    count: int  # this microbatch's share of the global denominator (sequences or tokens)
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)  # metric -> (weighted sum, weight)
+    maxima: dict[str, float] = field(default_factory=dict)  # metric -> maximum
