@@ -1,0 +1,210 @@
+"""Every setting there is, with its unit and default. Defaults of GRPO are R1-Zero's (Nature 645, 633; Methods)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """A table of the config: unknown keys and wrong types are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Run(Section):
+    dir: str = "runs/default"  # everything the run writes
+    seed: NonNegative = 1
+
+
+class Model(Section):
+    path: str  # Hugging Face folder: config.json, tokenizer, and weights unless init = "random"
+    init: Literal["weights", "random"] = "weights"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mtp_loss_scale: Annotated[float, Field(ge=0.0)] = 0.1  # lambda of V3 2.2; SFT only, RL leaves the MTP layer alone
+    router_bias_update_rate: Annotated[float, Field(ge=0.0)] = 0.0  # 0 = "freeze", the RL default; V3 trained with 1e-3
+    recompute: Literal["none", "selective", "full"] = "none"  # activation recompute, Megatron's granularity
+
+
+class Layout(Section):
+    """Parallel sizes, as Megatron spells them; data parallel is what is left of world_size."""
+
+    world_size: Count = 1  # trainer ranks
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
+    virtual_pipeline_model_parallel_size: Count | None = None
+    expert_model_parallel_size: Count = 1
+    expert_tensor_parallel_size: Count | None = None
+    timeout_minutes: Count = 30  # of a collective: a lost rank ends the run instead of hanging it
+
+
+class Optimizer(Section):
+    """AdamW with Megatron's schedule; betas, weight decay and clipping are V3's, R1's are unpublished."""
+
+    lr: Positive = 3e-6
+    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: NonNegative = 0
+    lr_decay_steps: Count | None = None  # default: the stage's steps
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.95
+    adam_eps: Positive = 1e-8
+    clip_grad: Annotated[float, Field(ge=0.0)] = 1.0  # 0 = off
+
+
+class Data(Section):
+    """Problems: exactly one of `jsonl`, `huggingface`, `reasoning_gym`. SFT reads conversations from `conversations`."""
+
+    jsonl: str | None = None  # a file of {"prompt", "answer"} lines
+    huggingface: str | None = None  # a hub name or a local folder for `datasets`
+    split: str = "train"  # of the huggingface data set
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    reasoning_gym: str | None = None  # a generator of the reasoning-gym package
+    reasoning_gym_options: dict[str, Any] = {}
+    size: Count | None = None  # procedural problems to make, or a cap on the others
+    held_out: NonNegative = 0  # problems set aside for evaluation, by seed
+    conversations: str | None = None  # SFT: a file of {"messages": [...]} lines, or "worked_examples"
+
+
+class Rollout(Section):
+    """The vLLM servers. With `urls` empty the launcher starts `servers` of them on this machine."""
+
+    servers: Count = 1
+    urls: list[str] = []
+    weight_transfer: Literal["gloo", "nccl", "ipc", "file"] = "gloo"
+    canary_tolerance: Positive = 1e-4  # max abs log-prob difference of server and trainer; fp32 measures 3e-6
+    max_num_seqs: Count = 256  # concurrent sequences a server
+    kv_cache_mib: Count = 256
+    tensor_parallel_size: Count = 1
+    start_timeout_seconds: Positive = 300.0
+    request_timeout_seconds: Positive = 600.0
+    max_restarts: NonNegative = 3  # of one server before the run stops
+
+
+class Sampling(Section):
+    """Rollout sampling; the trainer divides its logits by the same temperature."""
+
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_tokens: Count = 32_768  # of a completion
+    max_tokens_schedule: list[Pair] = []  # [from optimizer step, max_tokens]; R1-Zero: [[8200, 65536]]
+
+
+class Batch(Section):
+    """One rollout: problems x completions outputs, split at random into minibatches, one optimizer step each."""
+
+    problems: Count = 512  # questions a rollout
+    completions: Count = 16  # G, outputs a question
+    minibatches: Count = 16  # optimizer steps a rollout
+    inner_epochs: Count = 1
+    chunk_tokens: Count = 32_768  # packed tokens of one microbatch on one rank
+
+
+class Algorithm(Section):
+    name: str = "grpo"  # megatron_r1/algorithms/<name>.py, or a dotted module path
+    options: dict[str, Any] = {}  # fields of that module's Options
+
+
+class Rewards(Section):
+    """Which verifiers score a completion, and how their scores add up."""
+
+    weights: dict[str, float] = {"accuracy": 1.0, "format": 1.0}  # megatron_r1/rewards/<name>.py -> weight
+    options: dict[str, dict[str, Any]] = {}  # keyword arguments of a reward
+    workers: Count = 1  # verifier processes a rank
+    timeout_seconds: Positive = 10.0  # of one verification
+
+
+class Evaluation(Section):
+    """pass@1 on held-out problems, sampled as the paper evaluates unless said otherwise."""
+
+    problems: NonNegative = 0  # 0 = no evaluation
+    samples: Count = 1  # a problem
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_tokens: Count | None = None  # default: the stage's
+    every: NonNegative = 0  # optimizer steps between evaluations; 0 = only at start and end
+    at_start: bool = False
+    at_end: bool = True
+
+
+class Checkpoint(Section):
+    every: NonNegative = 100  # optimizer steps; 0 = only at the end
+    keep: Count = 2
+    resume: bool = True  # continue from <run.dir>/checkpoints/latest when it is there
+    export: bool = True  # write <run.dir>/hf at the end, for transformers and vLLM
+
+
+class Logging(Section):
+    tensorboard: bool = True
+    completions: NonNegative = 4  # sample completions a step in TensorBoard's text tab
+
+
+class StageConfig(Section):
+    """What every training stage has."""
+
+    run: Run = Run()
+    model: Model
+    parallel: Layout = Layout()
+    optimizer: Optimizer = Optimizer()
+    data: Data = Data()
+    rollout: Rollout = Rollout()
+    sampling: Sampling = Sampling()
+    rewards: Rewards = Rewards()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+    chat_template: bool = True  # false: the prompt is the text alone
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Whether servers must run beside the trainer."""
+        return self.evaluation.problems > 0
+
+
+class SFTConfig(StageConfig):
+    steps: Count  # optimizer steps
+    batch_size: Count = 128  # conversations an optimizer step (R1: 128)
+    chunk_tokens: Count = 32_768
+
+
+class GRPOConfig(StageConfig):
+    steps: Count = 10_400  # optimizer steps; R1-Zero's
+    batch: Batch = Batch()
+    algorithm: Algorithm = Algorithm()
+    reference_refresh_steps: NonNegative = 400  # reference <- policy every so many optimizer steps; 0 = never
+
+    @property
+    def needs_rollouts(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def _batch_sizes_fit(self) -> GRPOConfig:
+        b = self.batch
+        outputs = b.problems * b.completions
+        if outputs % b.minibatches:
+            raise ValueError(
+                f"batch.minibatches = {b.minibatches}: must divide the {outputs} outputs of a rollout (problems x completions)"
+            )
+        if b.completions < 2:
+            raise ValueError("batch.completions = 1: a group of one has no advantage; use 2 or more (R1: 16)")
+        steps = b.minibatches * b.inner_epochs
+        for name, value in (("steps", self.steps), ("reference_refresh_steps", self.reference_refresh_steps)):
+            if value % steps:
+                raise ValueError(f"{name} = {value}: must be a multiple of the {steps} optimizer steps of a rollout")
+        return self
+
+
+class EvalConfig(StageConfig):
+    pass
+
+
+STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "grpo": GRPOConfig, "eval": EvalConfig}
