@@ -83,6 +83,7 @@ class Rollout(Section):
     weight_transfer: Literal["gloo", "nccl", "ipc", "file"] = "gloo"
     canary_tolerance: Positive = 1e-4  # max abs log-prob difference of server and trainer; fp32 measures 3e-6
     max_num_seqs: Count = 256  # concurrent sequences a server
+    max_prompt_tokens: Count = 2048  # longest prompt a server must take beside sampling.max_tokens
     kv_cache_mib: Count = 256
     tensor_parallel_size: Count = 1
     start_timeout_seconds: Positive = 300.0

@@ -1,0 +1,138 @@
+"""Everything that can be wrong with a config and its files, said before a process starts or a byte is allocated."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from megatron_r1 import parallel, plugins
+from megatron_r1.config_types import GRPOConfig, SFTConfig, StageConfig
+
+
+def check(config: StageConfig) -> None:
+    """Raise ValueError with one line for the first thing that cannot work."""
+    hf = check_model(config)
+    check_layout(config, hf)
+    check_data(config)
+    check_rollout(config)
+    check_run_folder(config)
+    if config.needs_rollouts:
+        for name in config.rewards.weights:
+            plugins.load("rewards", name)
+    if isinstance(config, GRPOConfig):
+        check_batch(config)
+
+
+def check_model(config: StageConfig) -> dict[str, Any]:
+    """The model folder has a config.json of a family we build, a tokenizer, and weights where they are asked for."""
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        raise ValueError(f"model.path = {config.model.path!r}: no such folder; give a Hugging Face model folder")
+    hf = read_json(folder / "config.json", setting="model.path")
+    family = hf.get("model_type")
+    if family is None:
+        raise ValueError(f"{folder / 'config.json'}: model_type is missing; it names the file in megatron_r1/models/")
+    families = [name for name in plugins.names("models") if name != "build"]
+    if family not in families:
+        raise ValueError(f"{folder / 'config.json'}: model_type = {family!r} is not built here; known: {', '.join(families)}")
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ValueError(f"model.path = {config.model.path!r}: tokenizer_config.json is missing; copy the model's tokenizer there")
+    weights = any(folder.glob("*.safetensors"))
+    if config.model.init == "weights" and not weights:
+        raise ValueError(f"model.path = {config.model.path!r}: no *.safetensors there; convert the weights, or set model.init = \"random\"")
+    return hf
+
+
+def read_json(path: Path, *, setting: str) -> dict[str, Any]:
+    """A JSON object from a file the user named."""
+    if not path.is_file():
+        raise ValueError(f"{setting}: {path} is missing")
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object")
+    return value
+
+
+def layout(config: StageConfig) -> parallel.Parallel:
+    """The parallel sizes of the config."""
+    return parallel.Parallel(**config.parallel.model_dump(exclude={"world_size", "timeout_minutes"}))
+
+
+def check_layout(config: StageConfig, hf: dict[str, Any]) -> None:
+    """Parallel sizes against the model's shapes and the number of ranks."""
+    parallel.check(layout(config), config.parallel.world_size, hf)
+
+
+def data_parallel_size(config: StageConfig) -> int:
+    """Ranks that train on different data."""
+    p = config.parallel
+    return p.world_size // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size)
+
+
+def check_data(config: StageConfig) -> None:
+    """One source of problems where problems are needed; files that are named exist."""
+    d = config.data
+    sources = {name: getattr(d, name) for name in ("jsonl", "huggingface", "reasoning_gym")}
+    named = [name for name, value in sources.items() if value is not None]
+    if config.needs_rollouts and len(named) != 1:
+        said = " and ".join(f"data.{n}" for n in named) or "none"
+        raise ValueError(f"data: set exactly one of {', '.join(f'data.{n}' for n in sources)}; set are: {said}")
+    if d.jsonl is not None and not Path(d.jsonl).is_file():
+        raise ValueError(f"data.jsonl = {d.jsonl!r}: no such file")
+    if d.reasoning_gym is not None and d.size is None:
+        raise ValueError(f"data.size: required with data.reasoning_gym = {d.reasoning_gym!r}; how many problems to make")
+    if config.evaluation.problems > d.held_out:
+        raise ValueError(f"evaluation.problems = {config.evaluation.problems}: more than data.held_out = {d.held_out}; raise data.held_out")
+    if isinstance(config, SFTConfig) and d.conversations is None:
+        raise ValueError('data.conversations: required for SFT; a JSONL file of {"messages": [...]} lines')
+
+
+def check_rollout(config: StageConfig) -> None:
+    """The transfer backend exists on this device, and every url is one."""
+    r = config.rollout
+    if r.weight_transfer in ("nccl", "ipc") and not has_gpu():
+        raise ValueError(f'rollout.weight_transfer = {r.weight_transfer!r}: needs a GPU, and there is none; set "gloo" or "file"')
+    for url in r.urls:
+        parts = urlparse(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"rollout.urls = {url!r}: not a server's address; write it as http://host:port")
+    if config.needs_rollouts and not r.urls and importlib.util.find_spec("vllm") is None:
+        raise ValueError("rollout.servers: vLLM is not installed here; install the cpu or gpu extra, or set rollout.urls")
+
+
+def has_gpu() -> bool:
+    """Whether this machine shows an NVIDIA driver; asked without importing torch."""
+    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+
+
+def check_run_folder(config: StageConfig) -> None:
+    """The run's folder can be made and written."""
+    folder = Path(config.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"run.dir = {config.run.dir!r}: cannot be written: {error.strerror}") from None
+
+
+def check_batch(config: GRPOConfig) -> None:
+    """The algorithm exists and every data-parallel rank gets work."""
+    algorithm = plugins.load("algorithms", config.algorithm.name)
+    plugins.options(algorithm.Options, config.algorithm.options, where="algorithm.options")
+    b, dp = config.batch, data_parallel_size(config)
+    if b.problems < dp:
+        raise ValueError(f"batch.problems = {b.problems}: fewer than the {dp} data-parallel ranks; raise it or lower parallel.world_size")
+    if b.problems * b.completions // b.minibatches < dp:
+        raise ValueError(f"batch.minibatches = {b.minibatches}: leaves fewer outputs a step than the {dp} data-parallel ranks; lower it")
+    if config.batch.chunk_tokens < config.sampling.max_tokens:
+        raise ValueError(
+            f"batch.chunk_tokens = {b.chunk_tokens}: shorter than sampling.max_tokens = {config.sampling.max_tokens}; raise it"
+        )

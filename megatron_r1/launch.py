@@ -1,0 +1,163 @@
+"""One machine: starts the vLLM servers and the trainer ranks, restarts a dead server, ends everything when a rank fails.
+
+On a cluster srun or torchrun starts the ranks and the servers run on nodes of their own; nothing here is needed then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from megatron_r1.config import dump
+from megatron_r1.config_types import StageConfig
+from megatron_r1.rollout.server_process import ServerProcess
+from megatron_r1.rollout.vllm_server import server_command
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 60.0  # a rank asked to stop saves a checkpoint first
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nothing listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def die_with_parent() -> None:
+    """In a child before exec: the kernel ends it when the launcher is killed, so that no process outlives a run."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+class Servers:
+    """The vLLM servers of this machine. They start in the background; the trainer waits for them when it first needs them."""
+
+    def __init__(self, config: StageConfig, logs: Path) -> None:
+        r, s = config.rollout, config.sampling
+        longest = max([s.max_tokens, *(tokens for _, tokens in s.max_tokens_schedule)])
+        self.max_restarts = r.max_restarts
+        self.restarts = 0
+        self.processes: list[ServerProcess] = []
+        for i in range(0 if r.urls or not config.needs_rollouts else r.servers):
+            port = free_port()
+            argv, env = server_command(
+                config.model.path,
+                port=port,
+                dtype=config.model.dtype,
+                max_model_len=longest + r.max_prompt_tokens,
+                max_num_seqs=r.max_num_seqs,
+                kv_cache_bytes=r.kv_cache_mib << 20,
+                tensor_parallel_size=r.tensor_parallel_size,
+                weight_transfer=r.weight_transfer,
+            )
+            self.processes.append(ServerProcess(argv, env, port=port, log_file=logs / f"server{i}.log"))
+        self.urls = r.urls or [p.url for p in self.processes]
+
+    def __enter__(self) -> Servers:
+        for process in self.processes:
+            process.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for process in self.processes:
+            process.stop()
+
+    def keep_alive(self) -> None:
+        """Restart what has died; raises ValueError with the log's end when it dies too often."""
+        for process in self.processes:
+            if process.alive:
+                continue
+            self.restarts += 1
+            if self.restarts > self.max_restarts:
+                raise ValueError(f"rollout.max_restarts = {self.max_restarts}: a vLLM server died once more; {process.last_words()}")
+            print(f"a vLLM server died (restart {self.restarts} of {self.max_restarts}): {process.url}", flush=True)
+            process.restart()
+
+
+class Ranks:
+    """The trainer ranks of this machine: one program, RANK and WORLD_SIZE as torchrun sets them."""
+
+    def __init__(self, stage: str, config_file: Path, *, overrides: list[str], world_size: int, logs: Path) -> None:
+        port = str(free_port())
+        argv = [sys.executable, "-m", "megatron_r1", stage, str(config_file), *overrides]
+        self.logs = [logs / f"{stage}.rank{rank}.log" for rank in range(world_size)]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            env.setdefault("OMP_NUM_THREADS", "1")  # ranks and servers share the cores; spinning threads cost tenfold
+            with log.open("ab") as file:
+                out = None if rank == 0 else file  # rank 0 speaks for all
+                self.processes.append(subprocess.Popen(argv, env=env, stdout=out, stderr=file, preexec_fn=die_with_parent))
+
+    def poll(self) -> list[int | None]:
+        return [p.poll() for p in self.processes]
+
+    def signal(self, number: int) -> None:
+        for p in self.processes:
+            if p.poll() is None:
+                p.send_signal(number)
+
+    def end(self) -> None:
+        """Ask, wait, then kill."""
+        self.signal(signal.SIGTERM)
+        limit = time.monotonic() + (GRACE_SECONDS if all(code in (None, 0) for code in self.poll()) else 2.0)
+        while None in self.poll() and time.monotonic() < limit:
+            time.sleep(POLL_SECONDS)
+        self.signal(signal.SIGKILL)
+        for p in self.processes:
+            p.wait()
+
+    def failure(self) -> str:
+        """Why the run ended, from the log of the rank that failed first: its one line, or the traceback's end."""
+        codes = self.poll()
+        rank = codes.index(2) if 2 in codes else next(i for i, code in enumerate(codes) if code)
+        lines = self.logs[rank].read_text(errors="replace").splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        if codes[rank] == 2 and errors:
+            return errors[-1]
+        return "\n".join([*lines[-25:], f"error: rank {rank} ended with code {codes[rank]}; whole log: {self.logs[rank]}"])
+
+
+def run_ranks(stage: str, config: StageConfig, servers: Servers) -> int:
+    """Run one stage to its end under supervision; returns its exit code (0 done or saved on request, 2 user's error)."""
+    folder = Path(config.run.dir)
+    config_file = folder / f"{stage}.toml"
+    config_file.write_text(dump(config))
+    overrides = [f"rollout.urls={list(servers.urls)!r}".replace("'", '"')] if servers.urls else []
+    ranks = Ranks(stage, config_file, overrides=overrides, world_size=config.parallel.world_size, logs=folder / "logs")
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        ranks.signal(signal.SIGTERM if number == signal.SIGINT else number)
+
+    previous = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        while any(code is None for code in (codes := ranks.poll())) and not any(codes):
+            servers.keep_alive()
+            time.sleep(POLL_SECONDS)
+    finally:
+        if None in ranks.poll():
+            ranks.end()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    codes = ranks.poll()
+    if any(codes):
+        print(ranks.failure(), file=sys.stderr, flush=True)
+        return 2 if 2 in codes else 1
+    return 0
+
+
+def launch(stage: str, config: StageConfig) -> int:
+    """Servers and ranks of one stage on this machine; returns the exit code."""
+    logs = Path(config.run.dir) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with Servers(config, logs) as servers:
+        return run_ranks(stage, config, servers)
