@@ -62,13 +62,13 @@ def plan(lengths: Sequence[int], *, chunk_tokens: int, num_groups: int = 1, coun
     for turn, index in enumerate(by_length):
         step = turn % (2 * num_groups)  # back and forth, so that no rank always gets the longer one
         dealt[min(step, 2 * num_groups - 1 - step)].append(index)
-    groups = [_best_fit(indices, lengths, chunk_tokens) for indices in dealt]
+    groups = [_best_fit(indices, lengths, chunk_tokens=chunk_tokens) for indices in dealt]
     most = max(len(chunks) for chunks in groups)
     count = -(-most // count_multiple) * count_multiple
-    return [_split_to_count(chunks, lengths, count) for chunks in groups]
+    return [_split_to_count(chunks, lengths, count=count) for chunks in groups]
 
 
-def _best_fit(indices: list[int], lengths: Sequence[int], chunk_tokens: int) -> list[list[int]]:
+def _best_fit(indices: list[int], lengths: Sequence[int], *, chunk_tokens: int) -> list[list[int]]:
     """Longest first, each into the fullest chunk that has room for it."""
     chunks: list[list[int]] = []
     by_room: list[tuple[int, int]] = []  # (free tokens, chunk), sorted
@@ -84,7 +84,7 @@ def _best_fit(indices: list[int], lengths: Sequence[int], chunk_tokens: int) -> 
     return chunks
 
 
-def _split_to_count(chunks: list[list[int]], lengths: Sequence[int], count: int) -> list[list[int]]:
+def _split_to_count(chunks: list[list[int]], lengths: Sequence[int], *, count: int) -> list[list[int]]:
     """Splits the longest chunk that holds several sequences until there are `count`; then adds empty ones."""
     chunks = list(chunks)
     while len(chunks) < count:
@@ -112,11 +112,14 @@ def _microbatch(members: list[TokenSequence], indices: list[int], *, multiple: i
     lengths = [len(s.ids) for s in members]
     total = sum(lengths)
     width = pad_to if pad_to is not None else max(1, -(-total // multiple)) * multiple
-    assert total <= width and width % multiple == 0, f"{total=} {pad_to=} {multiple=}"
+    assert total <= width, f"{total=} {pad_to=}"
+    assert width % multiple == 0, f"{pad_to=} {multiple=}"
     padding = width - total
     starts = [0, *accumulate(lengths), *([width] if padding else [])]
     sizes = torch.tensor(lengths + ([padding] if padding else []))
-    tokens_T = _flat([s.ids for s in members], padding, torch.int64)
+
+    def flat(lists: list[list], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([*chain.from_iterable(lists), *([0] * padding)], dtype=dtype)
 
     def at_predictor(flat_T: torch.Tensor) -> torch.Tensor:
         """What belongs to token t + 1 moves to position t, which predicts it; a sequence's last position predicts nothing."""
@@ -124,22 +127,22 @@ def _microbatch(members: list[TokenSequence], indices: list[int], *, multiple: i
         flat_T[torch.tensor(starts[1:]) - 1] = 0
         return flat_T
 
-    has_advantages = all(s.advantage is not None for s in members)
-    has_logprobs = all(s.sampler_logprobs is not None for s in members)
-    advantages = torch.tensor([s.advantage or 0.0 for s in members] + [0.0] * bool(padding))
+    tokens_T = flat([s.ids for s in members], torch.int64)
+    learned_T = flat([s.learned for s in members], torch.float32)
+    advantages_T = sampler_logprobs_T = None
+    if all(s.advantage is not None for s in members):
+        advantages_T = torch.tensor([*(s.advantage for s in members), *([0.0] if padding else [])]).repeat_interleave(sizes)
+    if all(s.sampler_logprobs is not None for s in members):
+        sampler_logprobs_T = at_predictor(flat([s.sampler_logprobs for s in members], torch.float32))
     return Microbatch(
         tokens_T=tokens_T,
         labels_T=at_predictor(tokens_T),
         positions_T=torch.arange(width) - torch.tensor(starts[:-1]).repeat_interleave(sizes),
-        loss_mask_T=at_predictor(_flat([s.learned for s in members], padding, torch.float32)),
+        loss_mask_T=at_predictor(learned_T),
         sequence_T=torch.arange(len(sizes)).repeat_interleave(sizes),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
         num_sequences=len(members),
         indices=list(indices),
-        advantages_T=advantages.repeat_interleave(sizes) if has_advantages else None,
-        sampler_logprobs_T=at_predictor(_flat([s.sampler_logprobs or [] for s in members], padding, torch.float32)) if has_logprobs else None,
+        advantages_T=advantages_T,
+        sampler_logprobs_T=sampler_logprobs_T,
     )
-
-
-def _flat(lists: list[list], padding: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.tensor([*chain.from_iterable(lists), *([0] * padding)], dtype=dtype)
