@@ -10,22 +10,9 @@ from typing import Literal
 
 import torch
 
+from megatron_r1.problem import Conversation, Problem
 
-@dataclass(frozen=True)
-class Problem:
-    """One question with what a verifier needs to check an answer."""
-
-    id: int  # stable index in its dataset: seeds sampling, names the problem in logs
-    prompt: str  # the user's text, before the chat template
-    answer: str  # the reference answer
-    source: str = ""  # dataset the problem came from
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Chat turns for SFT; only assistant turns carry loss."""
-
-    messages: tuple[dict[str, str], ...]  # {"role": "user" | "assistant" | "system", "content": text}
+__all__ = ["Conversation", "LossOutput", "Microbatch", "Problem", "Sample"]
 
 
 @dataclass
@@ -42,7 +29,7 @@ class Sample:
     text: str = ""  # decoded completion, without special tokens
     rewards: dict[str, float] = field(default_factory=dict)  # component -> unweighted score
     failures: dict[str, str] = field(default_factory=dict)  # component -> why its verifier failed
-    reward: float = 0.0  # weighted sum of the components
+    reward: float = 0.0  # weighted sum of the components; NaN where a component that counts has failed
     advantage: float = 0.0
 
     @property
