@@ -1,0 +1,93 @@
+"""The chat template: prompts to token ids, conversations to token ids with a mask of what the assistant wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_r1.packing import TokenSequence
+from megatron_r1.problem import Conversation, Problem
+
+
+class Chat:
+    """A model's tokenizer and how it writes a chat down."""
+
+    def __init__(self, folder: str | Path, *, chat_template: bool = True):
+        """folder: with the tokenizer's files. chat_template False: a prompt is its text alone, and an answer follows it.
+
+        Raises ValueError for a folder without a tokenizer, and for a tokenizer without an end token or, when it is to be
+        used, a chat template.
+        """
+        if not Path(folder, "tokenizer.json").is_file() and not Path(folder, "tokenizer_config.json").is_file():
+            raise ValueError(f"model.path = {str(folder)!r}: no tokenizer.json there; copy the model's tokenizer files into it")
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ValueError(f"model.path = {str(folder)!r}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"model.path = {str(folder)!r}: its tokenizer has no eos_token, so no completion can end; set it in tokenizer_config.json"
+            )
+        if chat_template and not self.tokenizer.chat_template:
+            raise ValueError(
+                f"model.path = {str(folder)!r}: its tokenizer has no chat template; "
+                "add one to tokenizer_config.json, or set chat_template = false to send prompts as they are"
+            )
+        self.has_template = chat_template
+        self.eos_id: int = self.tokenizer.eos_token_id
+
+    def prompt_ids(self, problem: Problem) -> list[int]:
+        """What the model is given to answer the problem, up to where the assistant begins."""
+        return self._ids(self._render([{"role": "user", "content": problem.prompt}], is_open=True))
+
+    def sequence(self, conversation: Conversation) -> TokenSequence:
+        """The conversation's tokens; learned are those the assistant writes, its end token included.
+
+        Each turn is tokenized on its own, as in a rollout, where the completion follows the prompt's tokens.
+        Raises ValueError if the template drops or rewrites what was said, or does not end an assistant's turn.
+        """
+        messages = list(conversation.messages)
+        ids: list[int] = []
+        learned: list[int] = []
+        done = ""
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:turn], is_open=True)
+            after = self._render(messages[: turn + 1], is_open=False)
+            if not before.startswith(done) or not after.startswith(before) or message["content"].strip() not in after[len(before) :]:
+                raise ValueError(
+                    f"the chat template rewrites the conversation at message {turn} ({message['content']!r:.40}), "
+                    "so its tokens cannot be learned as written; use a template that keeps every message in full"
+                )
+            given, answer = self._ids(before[len(done) :]), self._ids(after[len(before) :])
+            if self.eos_id not in answer:
+                raise ValueError(
+                    f"the chat template does not end an assistant's message with {self.tokenizer.eos_token!r}, "
+                    "so the model would never learn to stop; correct the template or the tokenizer's eos_token"
+                )
+            end = len(answer) - answer[::-1].index(self.eos_id)  # templates may write a line break after the end token
+            ids += given + answer
+            learned += [0] * len(given) + [1] * end + [0] * (len(answer) - end)
+            done = after
+        return TokenSequence(ids=ids, learned=learned)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """A completion as rewards read it: without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _render(self, messages: list[dict[str, str]], *, is_open: bool) -> str:
+        """The messages as one text; open: up to where the assistant's next turn begins."""
+        if not self.has_template:
+            return "".join(m["content"] + (self.tokenizer.eos_token if m["role"] == "assistant" else "") for m in messages)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
+        except jinja2.TemplateError as error:
+            roles = ", ".join(m["role"] for m in messages)
+            raise ValueError(f"the chat template refuses a conversation of {roles}: {error}; reorder its messages") from None

@@ -1,0 +1,202 @@
+"""Problems and conversations from JSONL files, Hugging Face data sets and reasoning-gym; a shuffled, resumable cursor over them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from megatron_r1.problem import Conversation, Problem
+
+Item = TypeVar("Item")
+ROLES = ("system", "user", "assistant")
+
+
+def load_problems(
+    *,
+    jsonl: str | None = None,
+    huggingface: str | None = None,
+    reasoning_gym: str | None = None,
+    split: str = "train",
+    prompt_key: str = "prompt",
+    answer_key: str = "answer",
+    reasoning_gym_options: dict[str, Any] | None = None,
+    size: int | None = None,
+    seed: int = 0,
+) -> list[Problem]:
+    """The problems of exactly one source, in its order; ids count from 0.
+
+    jsonl           a file with an object a line
+    huggingface     a hub name, a folder written by `save_to_disk`, or a folder of data files; `split` of it
+    reasoning_gym   a generator of that package; `size` draws with `seed`, without repeats, so fewer may come out. A row has
+                    "prompt" (its question), "answer" and its metadata, of which `prompt_key` may name one ("expression")
+    size            draws, or the most problems to take from the other sources
+    Raises ValueError for what is missing or malformed, naming file and line.
+    """
+    given = {"jsonl": jsonl, "huggingface": huggingface, "reasoning_gym": reasoning_gym}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise ValueError(f"data: {' and '.join(names) or 'none'} of {', '.join(given)} is set; set exactly one")
+    if jsonl is not None:
+        rows = _jsonl_rows(jsonl)
+    elif huggingface is not None:
+        rows = _huggingface_rows(huggingface, split=split)
+    else:
+        rows = _reasoning_gym_rows(str(reasoning_gym), options={**(reasoning_gym_options or {}), "size": size or 1000, "seed": seed})
+    source = str(given[names[0]])
+    problems: dict[tuple[str, str] | int, Problem] = {}
+    for where, row in rows:
+        prompt = _text(row, prompt_key, where=where, setting="data.prompt_key")
+        answer = _text(row, answer_key, where=where, setting="data.answer_key")
+        # A generator repeats itself; a repeat would put held-out problems among those trained on.
+        key = (prompt, answer) if reasoning_gym is not None else len(problems)
+        problems.setdefault(key, Problem(id=len(problems), prompt=prompt, answer=answer, source=source))
+        if size is not None and len(problems) == size:
+            break
+    if not problems:
+        raise ValueError(f"data.{names[0]} = {source!r}: holds no problems")
+    return list(problems.values())
+
+
+def load_conversations(path: str, *, size: int | None = None) -> list[Conversation]:
+    """Conversations of a JSONL file: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]} a line.
+
+    Raises ValueError with file and line for anything else.
+    """
+    conversations = []
+    for where, row in _jsonl_rows(path):
+        conversations.append(Conversation(tuple(_messages(row, where=where))))
+        if len(conversations) == size:
+            break
+    if not conversations:
+        raise ValueError(f"{path}: holds no conversations")
+    return conversations
+
+
+def split_held_out(problems: Sequence[Problem], count: int, *, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """(problems to train on, `count` held-out ones), chosen by seed; both in their original order."""
+    if count >= len(problems):
+        raise ValueError(f"data.held_out = {count}: leaves nothing to train on of {len(problems)} problems; lower it")
+    chosen = set(random.Random(f"held out {seed}").sample(range(len(problems)), count))
+    train = [problem for i, problem in enumerate(problems) if i not in chosen]
+    return train, [problem for i, problem in enumerate(problems) if i in chosen]
+
+
+class Dataset(Generic[Item]):
+    """Items in an order shuffled anew each epoch by the seed; the place in it can be saved and restored."""
+
+    def __init__(self, items: Sequence[Item], *, seed: int):
+        self.items = items
+        self.seed = seed
+        self.epoch = 0
+        self.position = 0  # items of this epoch already taken
+        self._order = self._shuffled()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def take(self, count: int) -> list[Item]:
+        """The next `count` items, none of them twice: what is left of an epoch that cannot fill the request is skipped."""
+        if count > len(self.items):
+            raise ValueError(f"a batch of {count} was asked for and the data set holds {len(self.items)}; use a smaller batch or more data")
+        if self.position + count > len(self.items):
+            self.epoch, self.position = self.epoch + 1, 0
+            self._order = self._shuffled()
+        start, self.position = self.position, self.position + count
+        return [self.items[i] for i in self._order[start : self.position]]
+
+    def state_dict(self) -> dict[str, int]:
+        """The cursor, with what the order depends on."""
+        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "size": len(self.items)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues where the cursor was saved. Raises ValueError when data or seed are others than then."""
+        for name, now in (("seed", self.seed), ("size", len(self.items))):
+            if state[name] != now:
+                raise ValueError(
+                    f"the checkpoint's data cursor has {name} {state[name]}, this data set {now}; "
+                    "use the data and seed of the checkpoint, or start a new run.dir"
+                )
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._order = self._shuffled()
+
+    def _shuffled(self) -> list[int]:
+        order = list(range(len(self.items)))
+        random.Random(f"order {self.seed} {self.epoch}").shuffle(order)
+        return order
+
+
+def _jsonl_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of every line that is not blank."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such file; give the path of a JSONL file")
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line.rstrip())
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: a JSON {type(row).__name__}; write one object a line")
+            yield where, row
+
+
+def _huggingface_rows(name: str, *, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets  # takes a second to import, and most runs do not use it
+
+    try:
+        if (Path(name) / "dataset_dict.json").is_file():
+            data = datasets.load_from_disk(name)[split]
+        elif (Path(name) / "state.json").is_file():
+            data = datasets.load_from_disk(name)
+        else:
+            data = datasets.load_dataset(name, split=split)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"data.huggingface = {name!r}, split {split!r}: {reason}") from None
+    for number, row in enumerate(data):
+        yield f"{name}[{split}][{number}]", row
+
+
+def _reasoning_gym_rows(name: str, *, options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    import reasoning_gym  # takes seconds to import
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see the names in reasoning_gym.factory.DATASETS"
+        raise ValueError(f"data.reasoning_gym = {name!r}: no such generator; {hint}")
+    try:
+        entries = reasoning_gym.create_dataset(name, **options)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise ValueError(f"data.reasoning_gym_options: {error}") from None
+    for number, entry in enumerate(entries):
+        yield f"{name}[{number}]", {**entry["metadata"], "prompt": entry["question"], "answer": entry["answer"]}
+
+
+def _text(row: dict[str, Any], key: str, *, where: str, setting: str) -> str:
+    value = row.get(key)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        found = f"{key!r} is {value!r}" if key in row else f"no {key!r} among {', '.join(map(repr, row)) or 'no keys'}"
+        raise ValueError(f"{where}: {found}; it must be text (the key is set by {setting})")
+    return value
+
+
+def _messages(row: dict[str, Any], *, where: str) -> list[dict[str, str]]:
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f'{where}: no list of "messages"; write {{"messages": [{{"role": "user", "content": "..."}}, ...]}}')
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+            raise ValueError(f"{where}: message {number} is {message!r:.80}; it needs a role ({', '.join(ROLES)}) and a text content")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: ends with a {messages[-1]['role']} message; end with the assistant's, it is what is learned")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
