@@ -1,0 +1,125 @@
+"""The trainer's side of the rollouts: every rank makes each call, one rank of each model-parallel group talks to the servers.
+
+Rank 0 alone sends weights. The leader of each model-parallel group samples and verifies the group's share of the problems;
+then every rank is given all samples. A server that died and came back is given the weights again and the requests it lost: a
+request's seed is its own, so what it samples does not depend on when, where or beside what it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from megatron_r1.mcore import distributed
+from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, RolloutEngine, SamplingParams
+from megatron_r1.types import Microbatch, Problem, Sample
+
+MAX_RECOVERIES = 3  # of one generate call, before the run stops
+
+
+class WeightOwner(Protocol):
+    """What the fleet needs of the policy."""
+
+    version: int
+
+    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+    def attach_logprobs(self, microbatches: list[Microbatch], which: str, *, temperature: float) -> None: ...
+
+
+def request_seed(*parts: int) -> int:
+    """A seed of its own for a request, the same on every layout and after a resume; 62 bits leave room for + completion."""
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+class Fleet:
+    """All servers as one engine. `canary` is one sequence of fixed tokens on whose log-probs both sides must agree."""
+
+    def __init__(self, engine: RolloutEngine, policy: WeightOwner, *, canary: Microbatch, tolerance: float, seed: int) -> None:
+        self.engine = engine
+        self.policy = policy
+        self.canary = canary
+        self.tolerance = tolerance
+        self.seed = seed
+        self.version = -1  # of the weights the servers hold; -1 = none of ours
+        self.canary_gap = 0.0  # max abs log-prob difference at the last sync
+
+    def sync(self) -> None:
+        """Send the policy's weights if the servers hold others, and let the canary check what arrived. Collective."""
+        if self.version == self.policy.version:
+            return
+        weights = self.policy.hf_weights()
+        if distributed.rank() == 0:
+            self.engine.update_weights(weights, self.policy.version)
+        for _ in weights:  # the export gathers over all ranks, so all of them walk through it
+            pass
+        self.version = self.policy.version
+        self.policy.attach_logprobs([self.canary], "old", temperature=1.0)
+        if distributed.rank() == 0:
+            length = int(self.canary.cu_seqlens[1])
+            tokens = self.canary.tokens_T[:length].tolist()
+            logprobs = self.canary.old_logprobs_T[: length - 1].tolist()
+            self.canary_gap = self.engine.canary(tokens, logprobs, tolerance=self.tolerance)
+
+    def generate(
+        self,
+        prompts: Sequence[tuple[Problem, list[int]]],
+        sampling: SamplingParams,
+        *,
+        on_sample: Callable[[Sample], None] = lambda sample: None,
+    ) -> list[Sample]:
+        """`sampling.n` completions of each of this group's prompts, in the prompts' order; on its leader, else nothing.
+
+        `on_sample` is called as each completion arrives, so that verifiers overlap generation. Collective.
+        """
+        leads = distributed.is_model_parallel_leader()
+        requests = {i: Request(i, ids, seed=self._seed_of(problem)) for i, (problem, ids) in enumerate(prompts)} if leads else {}
+        done: dict[int, list[Sample]] = {}
+        for _ in range(MAX_RECOVERIES + 1):
+            self.sync()
+            lost = self._collect(requests, sampling, done, prompts=prompts, on_sample=on_sample)
+            if not distributed.any_rank(lost):
+                return [sample for i in requests for sample in done[i]]
+            self.version = -1  # a server came back empty, so all of them get the weights again
+        raise EngineError(f"rollout.urls: servers were lost {MAX_RECOVERIES + 1} times in one rollout; see their logs in <run.dir>/logs")
+
+    def _seed_of(self, problem: Problem) -> int:
+        return request_seed(self.seed, self.policy.version, problem.id)
+
+    def _collect(
+        self,
+        requests: dict[int, Request],
+        sampling: SamplingParams,
+        done: dict[int, list[Sample]],
+        *,
+        prompts: Sequence[tuple[Problem, list[int]]],
+        on_sample: Callable[[Sample], None],
+    ) -> bool:
+        """Generate what `done` lacks, into `done`; whether servers were lost on the way."""
+        missing = [request for key, request in requests.items() if key not in done]
+        try:
+            for key, completions in self.engine.generate(missing, sampling) if missing else ():
+                problem, prompt_ids = prompts[key]
+                done[key] = [to_sample(problem, prompt_ids, c, index=i) for i, c in enumerate(completions)]
+                for sample in done[key]:
+                    on_sample(sample)
+        except EngineLost:
+            return True
+        return False
+
+
+def to_sample(problem: Problem, prompt_ids: list[int], completion: Completion, *, index: int) -> Sample:
+    """A completion with its problem."""
+    return Sample(
+        problem=problem,
+        group_index=index,
+        prompt_ids=prompt_ids,
+        completion_ids=completion.token_ids,
+        sampler_logprobs=completion.logprobs,
+        finish_reason=completion.finish_reason,
+        weight_version=completion.weight_version,
+    )
