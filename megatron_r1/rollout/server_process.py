@@ -193,7 +193,7 @@ class ServerProcess:
         with self.log_file.open("rb") as log:
             log.seek(self.log_start)
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if re.search(r"\b\w*(Error|Exception): ", line)]
+        errors = [line for line in lines if re.search(r"\b\w*(Error|Exception): ", line) and " WARNING " not in line]
         words = (errors or lines[-1:] or ["nothing"])[0]
         words = re.sub(r"^(\(.*?\) )?\w+ \d\d-\d\d [\d:]+ \[[^]]*\] ", "", words)  # vLLM's prefix: process, level, time, line
         return f"its log says {words.strip()!r} ({self.log_file})"

@@ -70,14 +70,17 @@ def broadcast(group: dist.ProcessGroup, flat: torch.Tensor) -> None:
     group.broadcast([flat], options).wait()
 
 
-def gloo_group(host: str, port: int, *, rank: int, world_size: int, limit_seconds: float) -> dist.ProcessGroup:
-    """A group apart from the process's own default one: rank 0 is the trainer, which listens on `host`:`port`."""
-    limit = timedelta(seconds=limit_seconds)
-    store = dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=limit, wait_for_workers=False)
+def rendezvous(host: str, port: int, *, is_master: bool, limit_seconds: float) -> dist.TCPStore:
+    """Where the group's ranks find each other. The trainer is the master; its port 0 takes a free one, in `.port`."""
+    return dist.TCPStore(host, port, is_master=is_master, timeout=timedelta(seconds=limit_seconds), wait_for_workers=False)
+
+
+def gloo_group(store: dist.TCPStore, *, rank: int, world_size: int, limit_seconds: float) -> dist.ProcessGroup:
+    """A group apart from the process's own default one; blocks until all ranks are there. Rank 0 is the trainer."""
     options = dist.ProcessGroupGloo._Options()
-    options._timeout = limit
-    if host.startswith("127."):  # one machine: no guessing which of its addresses others can reach
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    options._timeout = timedelta(seconds=limit_seconds)
+    if store.host.startswith("127."):  # one machine: no guessing which of its addresses others can reach
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=store.host)]
     else:
         options._devices = [dist.ProcessGroupGloo.create_default_device()]
     return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options)

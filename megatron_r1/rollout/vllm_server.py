@@ -1,0 +1,214 @@
+"""The rollout engine of every run: a client of one or many `vllm serve` processes. Imports no vLLM.
+
+Requests go one a group of n completions; a server that finishes one takes the next, so that none waits for the slowest.
+A server that dies is left out and its requests go to the others. One that was restarted has no weights: it is left out too,
+until the next `update_weights` finds it. When none is left, EngineLost names the requests to generate again after that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import queue
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_r1.rollout import wire
+from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, SamplingParams
+from megatron_r1.rollout.servers import ServerDown, Servers
+from megatron_r1.rollout.weight_transfer import make_sender
+
+BUCKET_BYTES = 256 << 20
+NO_VERSION = -1  # a server's own weights, before any update
+Group = tuple[int, list[Completion]]
+
+
+class VLLMServers:
+    """RolloutEngine over HTTP; see engine.py for what each method promises.
+
+    `rank` is the trainer's: every rank may call `update_weights`, and rank 0 sends (with ipc all do). `own_weights` lets servers
+    sample before the first update, with the weights they loaded themselves. `pause` says what becomes of requests that run while
+    an update begins: "wait" for them, or "keep" them and go on with the new weights.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        weight_transfer: str = "gloo",
+        rank: int = 0,
+        max_num_seqs: int = 256,
+        request_limit_seconds: float = 600.0,
+        start_limit_seconds: float = 300.0,
+        pause: Literal["wait", "keep"] = "wait",
+        own_weights: bool = False,
+        transfer_folder: Path | None = None,
+    ) -> None:
+        self.servers = Servers(urls, limit_seconds=request_limit_seconds)
+        sends = rank == 0 or weight_transfer == "ipc"  # whose workers read the memory of every rank
+        self.sender = make_sender(weight_transfer, self.servers, rank=rank, folder=transfer_folder) if sends else None
+        self.rank, self.max_num_seqs, self.start_limit_seconds = rank, max_num_seqs, start_limit_seconds
+        self.pause, self.own_weights = pause, own_weights
+        self.bucket_bytes = BUCKET_BYTES
+        self.version: int | None = None  # what this client last sent
+
+    def wait_ready(self, limit_seconds: float) -> None:
+        self.servers.wait_ready(limit_seconds)
+
+    def close(self) -> None:
+        if self.sender is not None:
+            self.sender.close()
+        self.servers.close()
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[Group]:
+        """Yield (key, completions) as each request finishes. Closing the iterator early aborts what still runs."""
+        if sampling.n > self.max_num_seqs:
+            raise ValueError(f"n = {sampling.n} completions: more than rollout.max_num_seqs = {self.max_num_seqs}; raise it")
+        arrived: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
+        waiting = deque(requests)
+        run = self.servers.submit(self._generate(waiting, sampling, arrived.put))
+        run.add_done_callback(lambda _: arrived.put(None))
+        try:
+            while (group := arrived.get()) is not None:  # bounded: every call that the loop makes has its limit
+                yield group
+            run.result()
+        finally:
+            run.cancel()
+        if waiting:
+            missing = [request.key for request in waiting]
+            names = ", ".join(self.servers.urls)
+            raise EngineLost(f"{names}: no server with the policy's weights is left; {len(missing)} requests lost", missing=missing)
+
+    async def _generate(self, waiting: deque[Request], sampling: SamplingParams, emit: Callable[[Group], None]) -> None:
+        """Empty `waiting` as far as there are servers to do it."""
+        start = self.rank % len(self.servers.urls)  # ranks begin at different servers
+        up = self.servers.urls[start:] + self.servers.urls[:start]
+        slots = self.max_num_seqs // sampling.n + 1  # one request more than fits, so that a server never waits for the next
+        while waiting and up:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for url in up * min(slots, len(waiting)):
+                        tasks.create_task(self._serve(url, waiting, up=up, sampling=sampling, emit=emit))
+            except* EngineError as errors:
+                raise errors.exceptions[0] from None
+
+    async def _serve(
+        self, url: str, waiting: deque[Request], *, up: list[str], sampling: SamplingParams, emit: Callable[[Group], None]
+    ) -> None:
+        """Let one server answer one request after the other, until none waits; takes it out of `up` when it is lost."""
+        while waiting and url in up:
+            request = waiting.popleft()
+            completions = await self._completions(url, request, sampling)
+            if completions is not None:
+                emit((request.key, completions))
+                continue
+            waiting.append(request)
+            if url in up:
+                up.remove(url)
+
+    async def _completions(self, url: str, request: Request, sampling: SamplingParams) -> list[Completion] | None:
+        """None if the server died, or was restarted since the last update and samples from no one's weights."""
+        try:
+            reply = await self.servers.call(url, "/inference/v1/generate", generate_body(request, sampling))
+        except ServerDown:
+            return None
+        completions = [completion(choice, url) for choice in sorted(reply["choices"], key=lambda choice: choice["index"])]
+        assert len(completions) == sampling.n, f"{url=} {request.key=} {len(completions)=}"
+        if not self.own_weights and any(c.weight_version == NO_VERSION for c in completions):
+            return None
+        return completions
+
+    def update_weights(self, weights: Iterable[wire.Named], version: int) -> None:
+        """Every rank calls it, for `weights` may be a collective. A failed update leaves the servers paused: none samples from it."""
+        if self.sender is None:
+            for _ in weights:
+                pass
+        elif self.rank == 0:
+            self._update(weights, version)
+        else:
+            self.sender.connect([])
+            self._send(weights)
+
+    def _update(self, weights: Iterable[wire.Named], version: int) -> None:
+        self._reconnect()
+        self.servers.all(f"/pause?mode={self.pause}").result()
+        self.servers.all("/start_weight_update").result()
+        self._send(weights)
+        self.servers.all("/finish_weight_update", [{"weight_version": str(version)}] * len(self.servers.urls)).result()
+        for url, reset in zip(self.servers.urls, self.servers.all("/reset_prefix_cache").result(), strict=True):
+            if not reset["success"] and self.pause == "wait":
+                raise EngineError(f"{url}: the prefix cache of the old weights could not be dropped; is another client using this server?")
+        self.servers.all("/resume").result()
+        self.version = version
+
+    def _send(self, weights: Iterable[wire.Named]) -> None:
+        for bucket in wire.buckets(weights, self.bucket_bytes):
+            self.sender.send(bucket)
+
+    def _reconnect(self) -> None:
+        """Before the first update, and when a server died or was restarted: wait for all, and open the transfer to all anew."""
+
+        async def holds(url: str) -> str | None:
+            try:
+                return (await self.servers.call(url, "/weight_info", method="GET"))["weight_version"]
+            except ServerDown:
+                return None
+
+        async def held() -> list[str | None]:
+            return await asyncio.gather(*map(holds, self.servers.urls))
+
+        if any(version != str(self.version) for version in self.servers.submit(held()).result()):
+            self.servers.wait_ready(self.start_limit_seconds)
+            sizes = [reply["world_size"] for reply in self.servers.all("/get_world_size", method="GET").result()]
+            self.sender.connect(sizes)
+
+    def logprobs_of(self, token_ids: Sequence[int]) -> list[list[float]]:
+        """Each server's log-probs at temperature 1 of token_ids[1:]."""
+        params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+        body = {"token_ids": list(token_ids), "sampling_params": params}
+        replies = self.servers.all("/inference/v1/generate", [body] * len(self.servers.urls)).result()
+        return [
+            [entry[str(token)]["logprob"] for token, entry in zip(token_ids[1:], reply["prompt_logprobs"][1:], strict=True)]
+            for reply in replies
+        ]
+
+    def canary(self, token_ids: Sequence[int], logprobs: Sequence[float], *, tolerance: float) -> float:
+        assert len(logprobs) == len(token_ids) - 1 > 0, f"{len(logprobs)=} {len(token_ids)=}"
+        largest = 0.0
+        for url, found in zip(self.servers.urls, self.logprobs_of(token_ids), strict=True):
+            gaps = [abs(theirs - ours) for theirs, ours in zip(found, logprobs, strict=True)]
+            gaps = [math.inf if math.isnan(gap) else gap for gap in gaps]
+            at = max(range(len(gaps)), key=gaps.__getitem__)
+            largest = max(largest, gaps[at])
+            if gaps[at] > tolerance:
+                raise EngineError(
+                    f"{url}: log-probs of weights {self.version} differ from the trainer's by {gaps[at]:.3g} (rollout.canary_tolerance = "
+                    f"{tolerance:g}), most at token {at + 1} ({token_ids[at + 1]}): {found[at]:.5f}, the trainer has {logprobs[at]:.5f}"
+                )
+        return largest
+
+
+def generate_body(request: Request, sampling: SamplingParams) -> dict[str, Any]:
+    """The JSON of POST /inference/v1/generate."""
+    params = {
+        "n": sampling.n,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "seed": request.seed,
+        "logprobs": 0,  # of the sampled token alone
+        "detokenize": False,
+    }
+    return {"token_ids": list(request.token_ids), "sampling_params": params}
+
+
+def completion(choice: dict[str, Any], url: str) -> Completion:
+    """One choice of the answer."""
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise EngineError(f"{url}: a completion ended with {choice['finish_reason']!r}; is another client pausing this server?")
+    versions = [NO_VERSION if span["version"] == "default" else int(span["version"]) for span in choice["weight_versions"]]
+    logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+    return Completion(choice["token_ids"], logprobs, choice["finish_reason"], min(versions))
