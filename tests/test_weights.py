@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from megatron_r1.weights.hf import SafetensorsReader, write
@@ -29,7 +32,6 @@ def random_config(seed: int) -> dict[str, Any]:
         "model_type": "deepseek_v3",
         "num_hidden_layers": (layers := draw.randint(1, 4)),
         "first_k_dense_replace": draw.randint(0, layers),
-        "moe_layer_freq": draw.choice([1, 1, 2]),
         "num_nextn_predict_layers": draw.choice([None, 0, 1, 2]),
         "tie_word_embeddings": draw.random() < 0.3,
         "hidden_size": 4 * draw.randint(1, 4),
@@ -225,3 +227,123 @@ def test_damaged_checkpoint_is_named_in_one_line(damage, message, tmp_path):
 def test_folder_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="no such folder; give one with"):
         SafetensorsReader("/nowhere/at/all")
+
+
+LAYOUTS = {
+    "one rank": (1, {}),
+    "TP2": (2, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
+    "ETP2": (2, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+    "PP2": (2, {"pipeline_model_parallel_size": 2}),
+    "VPP2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    "EP2": (2, {"expert_model_parallel_size": 2}),
+    "TP2 x EP2": (4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
+    "EP2 x ETP2": (4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+    "PP2 x EP2": (4, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}),
+}
+SHAPES = {"low-rank queries": {}, "full-rank queries, tied": {"q_lora_rank": None, "tie_word_embeddings": True, "first_k_dense_replace": 2}}
+
+
+@contextmanager
+def loaded_model(hf: dict[str, Any], layout: dict[str, int], folder: str) -> Iterator[list[torch.nn.Module]]:
+    """On a rank: the chunks of a model built under `layout` and filled from `folder`."""
+    from megatron_r1.mcore import distributed
+    from megatron_r1.models.build import build
+    from megatron_r1.parallel import Parallel
+    from megatron_r1.weights import shard
+
+    parallel = Parallel(**layout)
+    distributed.init(parallel, seed=1)
+    try:
+        chunks = build(hf, parallel)
+        shard.load(chunks, SafetensorsReader(folder), hf)
+        yield chunks
+    finally:
+        distributed.forget_layout()
+
+
+def there_and_back(hf: dict[str, Any], layout: dict[str, int], folder: str) -> list[str]:
+    """On a rank: load, export in one bucket and in many; the names in order."""
+    from megatron_r1.weights.shard import Exporter
+
+    expected = load_file(Path(folder) / "model.safetensors")
+    with loaded_model(hf, layout, folder) as chunks:
+        for bucket_bytes in (2**29, 10**5):
+            exporter = Exporter(chunks, hf, bucket_bytes=bucket_bytes)
+            found = list(exporter)
+            assert_same(dict(found), expected)
+            assert [(name, t.dtype, tuple(t.shape)) for name, t in found] == [tuple(info) for info in exporter.metadata()]
+    return [name for name, _ in found]
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_return_bit_equal_from_every_layout(layout, shapes, tmp_path):
+    hf = tiny(**SHAPES[shapes])
+    save_file(checkpoint(hf), tmp_path / "model.safetensors")
+    ranks, sizes = LAYOUTS[layout]
+    orders = run_ranks(ranks, there_and_back, hf, sizes, str(tmp_path))
+    assert all(order == orders[0] for order in orders)
+
+
+def save_from_ranks(hf: dict[str, Any], layout: dict[str, int], source: str, target: str) -> None:
+    """On a rank: load `source`, then write `target` from all ranks."""
+    from megatron_r1.weights.shard import save
+
+    with loaded_model(hf, layout, source) as chunks:
+        save(chunks, hf, folder=target, source_folder=TINY)
+
+
+def test_saved_model_loads_in_transformers_with_nothing_missing(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "source").mkdir()
+    save_file(expected := checkpoint(tiny()), tmp_path / "source/model.safetensors")
+    run_ranks(2, save_from_ranks, tiny(), {"expert_model_parallel_size": 2}, str(tmp_path / "source"), str(tmp_path / "out"))
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["mismatched_keys"]
+    assert all(name.startswith("model.layers.4.") for name in report["unexpected_keys"])  # the MTP layer, which it does not know
+    model.save_pretrained(tmp_path / "again")
+    assert_same(
+        load_file(tmp_path / "again/model.safetensors"), {n: t for n, t in expected.items() if not n.startswith("model.layers.4.")}
+    )
+
+
+def load_error(hf: dict[str, Any], folder: str) -> str:
+    """On a rank: the ValueError of a load under TP2."""
+    with pytest.raises(ValueError) as error, loaded_model(hf, {"tensor_model_parallel_size": 2}, folder):
+        pass
+    return str(error.value)
+
+
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({O_PROJ: None}, f"tensor {O_PROJ} of shape (128, 128) is missing; download or convert the model again"),
+        ({"model.layers.4.eh_proj.weight": None}, "is missing; set num_nextn_predict_layers = 0 in config.json"),
+        ({O_PROJ: torch.ones(128, 64)}, f"model.safetensors: {O_PROJ} has shape (128, 64), by config.json (128, 128)"),
+        ({"model.layers.9.new.weight": torch.ones(3)}, "no place for tensor model.layers.9.new.weight of shape (3,)"),
+        ({f"{O_PROJ}_scale_inv": torch.ones(1, 1)}, "of shape (1, 1); convert FP8 weights to bf16 first"),
+    ],
+)
+def test_checkpoint_of_another_model_is_refused_in_one_line(changes, message, tmp_path):
+    tensors = checkpoint(tiny()) | changes
+    save_file({name: t for name, t in tensors.items() if t is not None}, tmp_path / "model.safetensors")
+    for error in run_ranks(2, load_error, tiny(), str(tmp_path)):
+        assert message in error
+        assert "\n" not in error
+
+
+def test_mtp_layer_of_a_checkpoint_is_left_out_of_a_model_without_one(tmp_path):
+    hf = tiny(num_nextn_predict_layers=0)
+    save_file(checkpoint(tiny()), tmp_path / "model.safetensors")
+    run_ranks(2, loaded_without_result, hf, {"tensor_model_parallel_size": 2}, str(tmp_path))
+
+
+def loaded_without_result(hf: dict[str, Any], layout: dict[str, int], folder: str) -> None:
+    """On a rank: a load that must not raise."""
+    with loaded_model(hf, layout, folder):
+        pass

@@ -132,8 +132,7 @@ def deepseek_v3(hf: dict[str, Any]) -> tuple[Rule, ...]:
 
     table = [_rule("embedding.word_embeddings", "model.embed_tokens", (vocab, hidden), divide=0, copies=embed_copies)]
     for i in range(layers):
-        dense = i < hf["first_k_dense_replace"] or i % hf.get("moe_layer_freq", 1) != 0
-        table += _deepseek_v3_block(hf, f"model.layers.{i}.", f"decoder.layers.{i}.", dense=dense)
+        table += _deepseek_v3_block(hf, f"model.layers.{i}.", f"decoder.layers.{i}.", dense=i < hf["first_k_dense_replace"])
     table.append(_rule("decoder.final_layernorm", "model.norm", (hidden,)))
     if not tied:
         table.append(_rule("output_layer", "lm_head", (vocab, hidden), divide=0, copies=head_copies))
