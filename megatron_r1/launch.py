@@ -5,7 +5,6 @@ On a cluster srun or torchrun starts the ranks and the servers run on nodes of t
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -17,8 +16,7 @@ from types import FrameType
 
 from megatron_r1.config import dump
 from megatron_r1.config_types import StageConfig
-from megatron_r1.rollout.server_process import ServerProcess
-from megatron_r1.rollout.vllm_server import server_command
+from megatron_r1.rollout.server_process import ServerProcess, die_with_parent, server_command
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 60.0  # a rank asked to stop saves a checkpoint first
@@ -29,12 +27,6 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
-
-def die_with_parent() -> None:
-    """In a child before exec: the kernel ends it when the launcher is killed, so that no process outlives a run."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 class Servers:
