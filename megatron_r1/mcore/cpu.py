@@ -141,6 +141,15 @@ def _no_te_in_router() -> None:
     importlib.import_module("megatron.core.transformer.moe.moe_utils").te_general_gemm = None
 
 
+def _optimizer_step() -> None:
+    from megatron_r1.mcore.adamw import AdamW
+
+    module = importlib.import_module("megatron.core.optimizer")
+    module.Adam, module.USING_PYTORCH_OPTIMIZER = AdamW, False
+    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    module.HAVE_APEX_OR_TE = module.USING_TE_OPTIMIZER = True
+
+
 @dataclass(frozen=True)
 class Patch:
     """One adaptation."""
@@ -162,6 +171,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch("all-to-all", "the MoE dispatcher's split sizes are tensors, and gloo takes lists", _all_to_all),
     Patch("no TE in MLA", "HAVE_TE is True without Transformer Engine, then isinstance(x, None) raises", _no_te_in_mla),
     Patch("no TE in router", "te_general_gemm is an unbound name without Transformer Engine", _no_te_in_router),
+    Patch("optimizer step", "torch's AdamW keeps a step a parameter, which Megatron saves but cannot load", _optimizer_step),
 )
 
 

@@ -30,12 +30,21 @@ class PolicyModel(GPTModel):
     """GPTModel whose MTP layers can be left out of a forward.
 
     Without labels it returns logits [1, T, V / TP] on the last stage and runs no MTP layer: what RL and log-probs need.
-    With labels [1, T] and loss_mask [1, T] it returns the cross entropy [1, T] and attaches the MTP loss, which backward
+    With labels [1, T] and loss_mask [1, T] it returns the same logits with the MTP loss attached to them, which backward
     then adds; Megatron's roll keeps the shifted labels inside their sequence.
     """
 
+    main_labels: torch.Tensor | None = None
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Megatron asks this for the MTP heads and for the main one, of which the caller wants the logits themselves."""
+        if labels is self.main_labels:
+            return logits.transpose(0, 1).contiguous()
+        return super().compute_language_model_loss(labels, logits)
+
     def _postprocess(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         if labels is not None or self.config.mtp_num_layers is None:
+            self.main_labels = labels
             return super()._postprocess(*args, labels=labels, **kwargs)
         depth, self.config.mtp_num_layers = self.config.mtp_num_layers, None
         try:
@@ -71,7 +80,7 @@ def _chunk(hf: dict[str, Any], config: Any, embedding: dict[str, Any], *, stage:
         layers, mtp = _with_local_parts(layers), _with_local_parts(mtp)
         layers.layer_norm = RMSNorm
     virtual = {"ignore_virtual": stage is None, "vp_stage": stage}
-    return PolicyModel(
+    model = PolicyModel(
         config,
         layers,
         vocab_size=hf["vocab_size"],
@@ -84,6 +93,9 @@ def _chunk(hf: dict[str, Any], config: Any, embedding: dict[str, Any], *, stage:
         vp_stage=stage,
         **embedding,
     )
+    if mtp is not None and not config.mtp_loss_scaling_factor:
+        model.mtp.requires_grad_(False)  # else weight decay would wear down layers that get no gradient
+    return model
 
 
 def _with_local_parts(spec: Any) -> Any:
