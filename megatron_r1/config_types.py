@@ -146,6 +146,7 @@ class Checkpoint(Section):
 
 class Logging(Section):
     tensorboard: bool = True
+    console_every: Count = 10  # SFT: optimizer steps a console line
     completions: NonNegative = 4  # sample completions a step in TensorBoard's text tab
 
 

@@ -5,24 +5,20 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-import torch
-import torch.distributed as dist
+from megatron_r1.mcore import distributed
 
 
 class StopRequest:
     """Notes the signal on whichever rank got it; all ranks agree on the answer at the same point of the step."""
 
     def __init__(self) -> None:
-        self.signal_name = ""
+        self.noted = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
+        self.noted = True
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop. A collective: every rank calls it at the same place."""
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        flag = torch.tensor([float(bool(self.signal_name))], device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        """Whether any rank was asked to stop. Collective."""
+        return distributed.any_rank(self.noted)

@@ -1,86 +1,103 @@
-"""Process groups of the trainer ranks, and the few collectives the stages use on whole Python objects."""
+"""Process groups: one place that starts torch.distributed and Megatron's parallel state, and talks over them."""
 
 from __future__ import annotations
 
-import datetime
 import os
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core import parallel_state, tensor_parallel
 
-from megatron_r1.mcore import cpu
 from megatron_r1.parallel import Parallel
 
-T = TypeVar("T")
 
+def init(parallel: Parallel, seed: int, *, timeout_minutes: float = 30.0) -> None:
+    """Join the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, then make Megatron's groups.
 
-def init(parallel: Parallel, *, seed: int, timeout_minutes: int = 30) -> None:
-    """Join the ranks (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT as torchrun sets them) and lay out their groups.
-
-    gloo on a CPU, nccl on GPUs. May be called again after `forget_layout`, for another layout of the same ranks.
+    NCCL with CUDA, gloo without. Random numbers start from `seed`: the same on all data-parallel ranks. After
+    `shutdown()` it may be called again with other sizes.
     """
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        timeout = datetime.timedelta(minutes=timeout_minutes)
-        if cpu.has_cuda():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group("nccl" if cpu.has_cuda() else "gloo", timeout=timeout)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
         distributed_timeout_minutes=timeout_minutes,
-        create_gloo_process_groups=True,
+        create_gloo_process_groups=True,  # the optimizer's state moves over them
     )
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-
-
-def forget_layout() -> None:
-    """Drop the model-parallel groups, so that `init` can lay out others."""
-    parallel_state.destroy_model_parallel()
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
 
 
 def shutdown() -> None:
-    """Leave the ranks."""
-    if dist.is_initialized():
-        forget_layout()
-        dist.destroy_process_group()
+    """Undo Megatron's part of `init`; torch.distributed stays, for the next layout or the end of the process."""
+    parallel_state.destroy_model_parallel()
+
+
+def leave() -> None:
+    """`shutdown`, and leave the processes too: the end of a stage."""
+    shutdown()
+    dist.destroy_process_group()
 
 
 def rank() -> int:
+    """This process among all of them."""
     return dist.get_rank()
 
 
-def dp_rank() -> int:
-    """Which share of the data this rank trains on; the same on all ranks of a model-parallel group."""
-    return parallel_state.get_data_parallel_rank()
-
-
-def dp_size() -> int:
-    return parallel_state.get_data_parallel_world_size()
-
-
-def is_model_parallel_leader() -> bool:
-    """True on the one rank of each model-parallel group that talks to the servers and verifies."""
-    return parallel_state.get_model_parallel_group().rank() == 0
-
-
 def any_rank(flag: bool) -> bool:
-    """Whether any rank says so. Collective."""
-    said = torch.tensor([float(flag)], device="cuda" if cpu.has_cuda() else "cpu")
+    """Whether any rank says so; all of them learn it."""
+    said = torch.tensor(float(flag), device=_device())
     dist.all_reduce(said, op=dist.ReduceOp.MAX)
     return bool(said.item())
 
 
-def gather_from_leaders(items: list[T]) -> list[T]:
-    """The leaders' lists joined in order of their data-parallel rank, on every rank. Collective."""
-    mine = (dp_rank(), items) if is_model_parallel_leader() else None
-    everyone: list[tuple[int, list[T]] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    shares = sorted((share for share in everyone if share is not None), key=lambda share: share[0])
-    return [item for _, share in shares for item in share]
+def dp_rank() -> int:
+    """Which part of the data this rank trains on."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def dp_size() -> int:
+    """Into how many parts the data is divided."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def is_model_parallel_leader() -> bool:
+    """Whether this is the rank of its model-parallel group (one copy of the model) that talks to vLLM and writes metrics."""
+    return dist.get_rank() == _leader()
+
+
+def is_last_stage() -> bool:
+    """Whether this rank has the output layer."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def broadcast_in_model_parallel_group(value: Any) -> Any:
+    """The leader's `value`, on every rank of its model-parallel group; any object that pickles."""
+    box = [value]
+    dist.broadcast_object_list(box, src=_leader(), group=parallel_state.get_model_parallel_group(), device=_device())
+    return box[0]
+
+
+def gather_over_dp(value: Any) -> list[Any]:
+    """Every data-parallel rank's `value`, in order, on all of them."""
+    values: list[Any] = [None] * dp_size()
+    dist.all_gather_object(values, value, group=parallel_state.get_data_parallel_group())
+    return values
+
+
+def _leader() -> int:
+    return dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -24,6 +24,7 @@ class WeightOwner(Protocol):
     """What the fleet needs of the policy."""
 
     version: int
+    count_multiple: int  # of microbatches in one call
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]: ...
 
@@ -52,13 +53,9 @@ class Fleet:
         """Send the policy's weights if the servers hold others, and let the canary check what arrived. Collective."""
         if self.version == self.policy.version:
             return
-        weights = self.policy.hf_weights()
-        if distributed.rank() == 0:
-            self.engine.update_weights(weights, self.policy.version)
-        for _ in weights:  # the export gathers over all ranks, so all of them walk through it
-            pass
+        self.engine.update_weights(self.policy.hf_weights(), self.policy.version)
         self.version = self.policy.version
-        self.policy.attach_logprobs([self.canary], "old", temperature=1.0)
+        self.policy.attach_logprobs([self.canary] * self.policy.count_multiple, "old", temperature=1.0)
         if distributed.rank() == 0:
             length = int(self.canary.cu_seqlens[1])
             tokens = self.canary.tokens_T[:length].tolist()

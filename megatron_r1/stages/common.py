@@ -1,0 +1,198 @@
+"""What the stages share: their parts made from the config, and a step's beginning and end. The loops are the stages' own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_r1 import checks, data
+from megatron_r1.chat import Chat
+from megatron_r1.config_types import StageConfig
+from megatron_r1.evaluation import evaluate
+from megatron_r1.mcore import checkpoint, distributed
+from megatron_r1.mcore.optimizer import Training
+from megatron_r1.mcore.policy import Policy
+from megatron_r1.metrics import Metrics, Record, Stopwatch, progress
+from megatron_r1.packing import TokenSequence, pack, plan
+from megatron_r1.problem import Problem
+from megatron_r1.rollout.engine import SamplingParams
+from megatron_r1.rollout.fleet import Fleet
+from megatron_r1.rollout.vllm_server import VLLMServers
+from megatron_r1.scoring import Scorer
+from megatron_r1.signals import StopRequest
+from megatron_r1.types import Microbatch, Sample
+from megatron_r1.weights import shard
+
+CANARY_TOKENS = 48
+
+
+@dataclass
+class Parts:
+    """The run's standing parts. `fleet` and `scorer` are None in a stage without rollouts."""
+
+    folder: Path
+    policy: Policy
+    chat: Chat
+    metrics: Metrics
+    stop: StopRequest
+    fleet: Fleet | None
+    scorer: Scorer | None  # on the leader of each model-parallel group
+    problems: data.Dataset[Problem] | None
+    held_out: list[Problem]
+
+
+def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
+    """Join the ranks and build every part; weights are the config's, not yet a checkpoint's."""
+    hf = checks.check_model(config)
+    parallel = checks.layout(config)
+    distributed.init(parallel, seed=config.run.seed, timeout_minutes=config.parallel.timeout_minutes)
+    stop = StopRequest()
+    folder = Path(config.run.dir)
+    policy = Policy(hf, parallel, training=training(config, steps=steps, train_mtp=train_mtp))
+    if config.model.init == "weights":
+        policy.load_hf(config.model.path)
+    chat = Chat(config.model.path, chat_template=config.chat_template)
+    metrics = Metrics(folder if distributed.rank() == 0 else None, steps=steps, tensorboard=config.logging.tensorboard)
+    fleet = scorer = problems = None
+    held_out: list[Problem] = []
+    if config.needs_rollouts:
+        problems, held_out = load_problems(config)
+        fleet = make_fleet(config, policy, hf)
+        if distributed.is_model_parallel_leader():
+            r = config.rewards
+            scorer = Scorer(r.weights, workers=r.workers, timeout_seconds=r.timeout_seconds, options=r.options)
+    return Parts(folder, policy, chat, metrics, stop, fleet, scorer, problems, held_out)
+
+
+def training(config: StageConfig, *, steps: int, train_mtp: bool) -> Training:
+    """The optimizer's and the model's training settings as the policy takes them."""
+    o, m = config.optimizer, config.model
+    settings = o.model_dump(exclude={"lr_decay_steps"}) | m.model_dump(exclude={"path", "init", "dtype"})
+    decay = o.lr_decay_steps or (None if o.lr_decay_style == "constant" else steps)
+    return Training(**settings, dtype=getattr(torch, m.dtype), lr_decay_steps=decay, train_mtp=train_mtp)
+
+
+def load_problems(config: StageConfig) -> tuple[data.Dataset[Problem], list[Problem]]:
+    """The problems to train on, with their cursor, and those held out."""
+    d = config.data
+    fields = d.model_dump(exclude={"held_out", "conversations"})
+    problems = data.load_problems(**fields, seed=config.run.seed)
+    train, held_out = data.split_held_out(problems, d.held_out, seed=config.run.seed)
+    return data.Dataset(train, seed=config.run.seed), held_out
+
+
+def make_fleet(config: StageConfig, policy: Policy, hf: dict[str, Any]) -> Fleet:
+    """The servers behind `rollout.urls`, with a canary of tokens that differ from run to run only in the vocabulary."""
+    r = config.rollout
+    if not r.urls:
+        raise ValueError("rollout.urls: empty, and this process was not started by the launcher; give the servers' addresses")
+    engine = VLLMServers(
+        r.urls,
+        weight_transfer=r.weight_transfer,
+        rank=distributed.rank(),
+        max_num_seqs=r.max_num_seqs,
+        request_limit_seconds=r.request_timeout_seconds,
+        start_limit_seconds=r.start_timeout_seconds,
+        transfer_folder=Path(config.run.dir) / "transfer",
+    )
+    ids = [(7919 * i + 17) % hf["vocab_size"] for i in range(CANARY_TOKENS)]
+    [canary] = pack([TokenSequence(ids=ids, learned=[1] * len(ids))], [[0]], multiple=policy.token_multiple)
+    return Fleet(engine, policy, canary=canary, tolerance=r.canary_tolerance, seed=config.run.seed)
+
+
+def roll_out(parts: Parts, problems: list[Problem], sampling: SamplingParams, *, watch: Stopwatch) -> list[Sample]:
+    """`sampling.n` scored completions of each problem, in the problems' order; all of them on every rank. Collective."""
+    mine = problems[distributed.dp_rank() :: distributed.dp_size()]
+    prompts = [(problem, parts.chat.prompt_ids(problem)) for problem in mine]
+
+    with watch.phase("rollout"), progress("rollout", len(mine) * sampling.n, shown=distributed.rank() == 0) as advance:
+
+        def on_sample(sample: Sample) -> None:
+            sample.text = parts.chat.text(sample.completion_ids)
+            parts.scorer.submit(sample)
+            advance(1)
+
+        samples = parts.fleet.generate(prompts, sampling, on_sample=on_sample)
+    with watch.phase("verify"):
+        if parts.scorer is not None:
+            parts.scorer.collect(samples)
+        shares = distributed.broadcast_in_model_parallel_group(distributed.gather_over_dp(samples))
+    place = {problem.id: i for i, problem in enumerate(problems)}
+    return sorted(chain(*shares), key=lambda s: (place[s.problem.id], s.group_index))
+
+
+def packed(policy: Policy, sequences: list[TokenSequence], *, chunk_tokens: int) -> list[Microbatch]:
+    """This data-parallel rank's microbatches of one optimizer step."""
+    lengths = [len(s.ids) for s in sequences]
+    chunks = plan(lengths, chunk_tokens=chunk_tokens, num_groups=distributed.dp_size(), count_multiple=policy.count_multiple)
+    return pack(sequences, chunks[distributed.dp_rank()], multiple=policy.token_multiple)
+
+
+def held_out_record(config: StageConfig, parts: Parts) -> Record:
+    """eval/ figures of the policy as it is, and the seconds they took. Collective."""
+    e, watch = config.evaluation, Stopwatch()
+    tokens = e.max_tokens or config.sampling.max_tokens
+    sampling = SamplingParams(max_tokens=tokens, temperature=e.temperature, top_p=e.top_p, n=e.samples, stop_token_ids=(parts.chat.eos_id,))
+    record = evaluate(parts.held_out[: e.problems], partial(roll_out, parts, sampling=sampling, watch=watch))
+    return {**record, "time/evaluation": watch.record()["time/step"]}
+
+
+def is_due(every: int, step: int, previous: int) -> bool:
+    """Whether a multiple of `every` lies in (previous, step]; never for every = 0."""
+    return every > 0 and step // every > previous // every
+
+
+def resume(config: StageConfig, parts: Parts, cursor: data.Dataset) -> bool:
+    """Continue from the run's latest checkpoint, if there is one. Collective."""
+    latest = checkpoint.latest(parts.folder / "checkpoints") if config.checkpoint.resume else None
+    if latest is None:
+        return False
+    extra = checkpoint.load(parts.policy, latest)
+    cursor.load_state_dict(extra["cursor"])
+    say(f"resumed at step {parts.policy.step} from {latest}")
+    return True
+
+
+def save(config: StageConfig, parts: Parts, cursor: data.Dataset) -> None:
+    """Write a checkpoint and drop old ones. Collective."""
+    checkpoint.save(
+        parts.policy,
+        parts.folder / "checkpoints",
+        step=parts.policy.step,
+        extra={"cursor": cursor.state_dict()},
+        keep=config.checkpoint.keep,
+    )
+
+
+def finish(config: StageConfig, parts: Parts, cursor: data.Dataset, *, done: bool) -> None:
+    """Save where the run stands, export the model if the stage is done, and let go of everything. Collective."""
+    if checkpoint.latest_step(parts.folder / "checkpoints") != parts.policy.step:
+        save(config, parts, cursor)
+    if done and config.checkpoint.export:
+        target = parts.folder / "hf"
+        shard.save(parts.policy.chunks, parts.policy.hf, folder=target, source_folder=config.model.path, overwrite=True)
+        say(f"exported {target}")
+    elif not done:
+        say(f"saved at step {parts.policy.step} and ended on request; start the same command again to go on")
+    close(parts)
+
+
+def close(parts: Parts) -> None:
+    """Let go of the verifiers, the servers' connections, the log and the ranks."""
+    if parts.scorer is not None:
+        parts.scorer.close()
+    if parts.fleet is not None:
+        parts.fleet.engine.close()
+    parts.metrics.close()
+    distributed.leave()
+
+
+def say(text: str) -> None:
+    """One line on the console, from one rank."""
+    if distributed.rank() == 0:
+        print(text, flush=True)

@@ -1,0 +1,130 @@
+"""Reinforcement learning with rule rewards: the paper's loop, one rollout and its optimizer steps at a time.
+
+    sync weights -> sample G completions of each problem -> verify -> advantages within each group
+    -> old and reference log-probs -> minibatches of random outputs, one optimizer step each
+    -> every 400 steps the policy becomes the reference                 (Nature 645, 633; Methods)
+
+Every rank runs this file; whatever touches `policy` or `fleet` is collective.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import torch
+
+from megatron_r1 import plugins, summary
+from megatron_r1.config_types import GRPOConfig
+from megatron_r1.mcore.policy import Policy
+from megatron_r1.metrics import Record, Stopwatch
+from megatron_r1.packing import TokenSequence
+from megatron_r1.rollout.engine import SamplingParams
+from megatron_r1.stages import common
+from megatron_r1.types import Microbatch, Sample
+
+
+def main(config: GRPOConfig) -> None:
+    """Train until `config.steps` optimizer steps are done, or a signal asks to save and end."""
+    algorithm = plugins.load("algorithms", config.algorithm.name)
+    options = plugins.options(algorithm.Options, config.algorithm.options, where="algorithm.options")
+    loss, temperature = partial(algorithm.loss, options=options), config.sampling.temperature
+    parts = common.make(config, steps=config.steps)
+    policy, problems, metrics = parts.policy, parts.problems, parts.metrics
+    if not common.resume(config, parts, problems):
+        policy.refresh_reference()
+        if config.evaluation.problems and config.evaluation.at_start:
+            metrics.log(0, common.held_out_record(config, parts))
+
+    while policy.step < config.steps:
+        before, watch = policy.step, Stopwatch()
+        cursor = problems.state_dict()
+        batch = problems.take(config.batch.problems)
+        with watch.phase("sync"):
+            parts.fleet.sync()
+        samples = common.roll_out(parts, batch, sampling(config, parts), watch=watch)
+        if parts.stop.agreed():
+            problems.load_state_dict(cursor)  # this rollout is not trained on; a resumed run samples it again
+            break
+
+        rewards_PG = torch.tensor([s.reward for s in samples]).view(len(batch), -1)
+        advantages_PG = algorithm.advantages(rewards_PG, options=options)
+        for sample, advantage in zip(samples, advantages_PG.flatten().tolist(), strict=True):
+            sample.advantage = advantage
+
+        with watch.phase("logprobs"):
+            minibatches = split(config, policy, samples)
+            every = [microbatch for minibatch in minibatches for microbatch in minibatch]
+            policy.attach_logprobs(every, "old", temperature=temperature)
+            if options.kl_coefficient:
+                policy.attach_logprobs(every, "ref", temperature=temperature)
+        with watch.phase("train"):
+            updates = [
+                policy.train_step(minibatch, loss, temperature=temperature)
+                for _ in range(config.batch.inner_epochs)
+                for minibatch in minibatches
+            ]
+        if config.reference_refresh_steps and policy.step % config.reference_refresh_steps == 0:
+            policy.refresh_reference()
+
+        record = step_record(parts, samples, watch)
+        if common.is_due(config.evaluation.every, policy.step, before) or is_last(config, policy.step):
+            record |= common.held_out_record(config, parts) if config.evaluation.problems else {}
+        log(config, parts, updates, record=record, samples=samples)
+        if common.is_due(config.checkpoint.every, policy.step, before):
+            common.save(config, parts, problems)
+    common.finish(config, parts, problems, done=policy.step >= config.steps)
+
+
+def is_last(config: GRPOConfig, step: int) -> bool:
+    """Whether the run ends here and is to be evaluated."""
+    return step >= config.steps and config.evaluation.at_end
+
+
+def sampling(config: GRPOConfig, parts: common.Parts) -> SamplingParams:
+    """How this rollout samples: the length limit follows its schedule in optimizer steps."""
+    s, step = config.sampling, parts.policy.step
+    reached = [tokens for since, tokens in sorted(s.max_tokens_schedule) if step >= since]
+    return SamplingParams(
+        max_tokens=reached[-1] if reached else s.max_tokens,
+        temperature=s.temperature,
+        top_p=s.top_p,
+        n=config.batch.completions,
+        stop_token_ids=(parts.chat.eos_id,),
+    )
+
+
+def split(config: GRPOConfig, policy: Policy, samples: list[Sample]) -> list[list[Microbatch]]:
+    """The rollout's outputs at random into minibatches, groups broken up, and this rank's microbatches of each.
+
+    The order depends on seed and step alone, so it is the same on every rank, in every layout and after a resume.
+    """
+    order = list(range(len(samples)))
+    random.Random(f"minibatches {config.run.seed} {policy.step}").shuffle(order)
+    size = len(samples) // config.batch.minibatches
+    shuffled = [TokenSequence.from_sample(samples[i]) for i in order]
+    return [
+        common.packed(policy, shuffled[start : start + size], chunk_tokens=config.batch.chunk_tokens)
+        for start in range(0, len(shuffled), size)
+    ]
+
+
+def step_record(parts: common.Parts, samples: list[Sample], watch: Stopwatch) -> Record:
+    """The figures of one rollout: rewards, lengths, the sync's canary, seconds a phase, tokens a second."""
+    record = summary.reward_record(samples) | summary.rollout_record(samples, version=parts.fleet.version) | watch.record()
+    tokens = sum(s.length for s in samples)
+    record["sync/canary_gap"] = parts.fleet.canary_gap
+    record["perf/tokens_per_second"] = tokens / record["time/step"]
+    record["perf/rollout_tokens_per_second"] = sum(len(s.completion_ids) for s in samples) / record["time/rollout"]
+    record["perf/train_tokens_per_second"] = tokens / record["time/train"]
+    return record
+
+
+def log(config: GRPOConfig, parts: common.Parts, updates: list[Record], *, record: Record, samples: list[Sample]) -> None:
+    """Every optimizer step's figures; the rollout's join those of its last step, which alone is printed."""
+    first = parts.policy.step - len(updates) + 1
+    for step, update in enumerate(updates[:-1], first):
+        parts.metrics.log(step, update, console=False)
+    parts.metrics.log(parts.policy.step, updates[-1] | record)
+    if config.logging.completions:
+        parts.metrics.text(parts.policy.step, "completions", summary.completions_page(samples, config.logging.completions))
