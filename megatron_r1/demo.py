@@ -34,7 +34,8 @@ def demo(overrides: list[str]) -> int:
         for stage in STAGES:
             settings = sft if stage == "sft" else load(stage, root, rest)
             check(settings)
-            print(f"\n--- {stage}: {settings.parallel.world_size} trainer ranks, {len(servers.urls)} vLLM servers, {settings.run.dir}", flush=True)
+            ranks = settings.parallel.world_size
+            print(f"\n--- {stage}: {ranks} trainer ranks, {len(servers.urls)} vLLM servers, {settings.run.dir}", flush=True)
             code = run_ranks(stage, settings, servers)
             if code or not Path(settings.run.dir, "hf").is_dir():  # failed, or ended on request
                 return code
@@ -77,8 +78,13 @@ def report(root: str, *, seconds: float) -> None:
     """The table, the exported model and how to look at the curves."""
     logs = {stage: records(root, stage) for stage in STAGES}
     tested = {stage: [r for r in logs[stage] if "eval/pass@1" in r] for stage in STAGES}
-    rows = (("random initial weights", tested["sft"][0]), ("after the cold start (SFT)", tested["sft"][-1]), ("after GRPO", tested["grpo"][-1]))
-    table = Table("policy", "held-out pass@1", "format", "tokens", title=f"{int(rows[0][1]['eval/problems'])} held-out problems, sampled at T = 1")
+    rows = (
+        ("random initial weights", tested["sft"][0]),
+        ("after the cold start (SFT)", tested["sft"][-1]),
+        ("after GRPO", tested["grpo"][-1]),
+    )
+    title = f"{int(rows[0][1]['eval/problems'])} held-out problems, sampled at T = 1"
+    table = Table("policy", "held-out pass@1", "format", "tokens", title=title)
     for name, r in rows:
         table.add_row(name, f"{r['eval/pass@1']:.3f}", f"{r.get('eval/format', 0.0):.3f}", f"{r['eval/length_mean']:.1f}")
     phases = Table("phase", "seconds", title=f"{seconds:.0f} s in all")

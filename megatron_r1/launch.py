@@ -132,7 +132,7 @@ def run_ranks(stage: str, config: StageConfig, servers: Servers) -> int:
 
     previous = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
-        while any(code is None for code in (codes := ranks.poll())) and not any(codes):
+        while None in (codes := ranks.poll()) and not any(codes):
             servers.keep_alive()
             time.sleep(POLL_SECONDS)
     finally:

@@ -72,7 +72,7 @@ def test_no_function_is_longer_than_60_lines_or_nests_deeper_than_4():
     assert not bad, "\n".join(bad)
 
 
-def test_functions_take_at_most_9_parameters_and_name_those_after_the_second():
+def test_functions_take_at_most_9_parameters_and_name_those_after_the_third():
     bad = []
     for path in SOURCES:
         for f in functions(path):
@@ -80,7 +80,7 @@ def test_functions_take_at_most_9_parameters_and_name_those_after_the_second():
             count = len(positional) + len(f.args.kwonlyargs)
             # autograd.Function and patched foreign functions keep the signature their caller dictates
             foreign = f.name in ("forward", "backward") or path.name in ("cpu.py", "vllm_plugin.py") or f.name.startswith("__exit")
-            if count > 9 or (len(positional) > 2 and not foreign):
+            if count > 9 or (len(positional) > 3 and not foreign):
                 bad.append(f"{relative(path)}:{f.lineno} {f.name}: {count} parameters, {len(positional)} positional")
     assert not bad, "\n".join(bad)
 
@@ -136,8 +136,10 @@ def test_modules_import_each_other_without_cycles():
         tree = ast.parse(path.read_text())
         top = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
         found = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
-        found |= {x for n in top if isinstance(n, ast.ImportFrom) and n.module for x in (n.module, *(f"{n.module}.{a.name}" for a in n.names))}
-        graph[name.removesuffix(".__init__")] = {x for x in found if x.startswith("megatron_r1.")}
+        for node in (n for n in top if isinstance(n, ast.ImportFrom) and n.module):
+            found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+        name = name.removesuffix(".__init__")
+        graph[name] = {x for x in found if x.startswith("megatron_r1.") and x != name}
 
     def walk(module: str, trail: tuple[str, ...]) -> None:
         assert module not in trail, f"cycle: {' -> '.join([*trail[trail.index(module) :], module])}"
@@ -162,9 +164,8 @@ def test_errors_are_not_swallowed():
 
 
 def test_assertions_say_what_was_wrong():
-    bad = [
-        f"{relative(p)}:{n.lineno}" for p in SOURCES for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.Assert) and n.msg is None
-    ]
+    nodes = [(p, n) for p in SOURCES for n in ast.walk(ast.parse(p.read_text()))]
+    bad = [f"{relative(p)}:{n.lineno}" for p, n in nodes if isinstance(n, ast.Assert) and n.msg is None]
     assert not bad, f"assert without a message: {bad}"
 
 
