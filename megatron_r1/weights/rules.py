@@ -88,11 +88,6 @@ class Rule:
             index.append(tuple(where))
         return index
 
-    def shape(self, parts: int) -> tuple[int, ...]:
-        """Shape of one of `parts` equal parts of the Megatron tensor."""
-        metas = [torch.empty([i.stop - i.start for i in index], device="meta") for index in self.slices(0, parts)]
-        return tuple(self.operation.join(metas).shape)
-
     def to_megatron(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """HF tensors, whole or the same part of each, in the order of `hf` -> the Megatron tensor or its part."""
         return self.operation.join(tensors)

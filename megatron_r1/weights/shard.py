@@ -8,6 +8,7 @@ pipeline stages a bucket.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,12 @@ class Slot:
     rules: tuple[Rule, ...]  # one, or one an expert-parallel rank
     stage: int  # the pipeline stage it is sent from
     dtype: torch.dtype
-    parts: int  # ranks that tensor parallelism, or expert tensor parallelism, divides it among
+    shape: tuple[int, ...]  # of one rank's part
+
+    @property
+    def parts(self) -> int:
+        """Ranks that tensor parallelism, or expert tensor parallelism, divides it among."""
+        return self.rules[0].numel // math.prod(self.shape)
 
     @property
     def group(self) -> str:
@@ -132,7 +138,7 @@ class Slot:
     @property
     def nbytes(self) -> int:
         """Bytes of one rank's part."""
-        return self.rules[0].numel // self.parts * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def stride(self) -> int:
@@ -166,7 +172,7 @@ class Exporter:
         """Name, dtype and shape of what iteration yields, in its order."""
         found = []
         for slot in self._slots:
-            part = torch.empty(slot.rules[0].shape(slot.parts), device="meta")
+            part = torch.empty(slot.shape, device="meta")
             for rule in slot.rules:
                 found += [TensorInfo(name, slot.dtype, tuple(tensor.shape)) for name, tensor in rule.to_hf([part] * slot.parts)]
         return found
@@ -176,33 +182,32 @@ class Exporter:
         for bucket in self._buckets:
             yield from self._export(bucket, local)
 
-    def _mine(self, slot: Slot) -> str:
-        """The canonical name of this rank's parameter in a slot."""
-        ranks = parallel_state.get_expert_model_parallel_rank() if len(slot.rules) > 1 else 0
-        return slot.rules[ranks].megatron
+    @staticmethod
+    def _mine(group: Sequence[Rule]) -> str:
+        """The canonical name of this rank's parameter among the rules of a slot."""
+        return group[parallel_state.get_expert_model_parallel_rank() if len(group) > 1 else 0].megatron
 
     def _plan(self) -> list[Slot]:
         """Every slot in order; where each is, its dtype and how it is divided is what the stages tell each other."""
         table = rules(self._hf)
-        numel = {rule.megatron: rule.numel for rule in table}
-        mine = {name: (t.dtype, numel[name] // t.numel()) for name, t in named_tensors(self._chunks, self._hf)}
-        stages: list[dict[str, tuple[torch.dtype, int]]] = [{}] * self._pipeline.size()
+        mine = {name: (t.dtype, tuple(t.shape)) for name, t in named_tensors(self._chunks, self._hf)}
+        stages: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}] * self._pipeline.size()
         dist.all_gather_object(stages, mine, group=self._pipeline)
 
-        ranks, rank = parallel_state.get_expert_model_parallel_world_size(), parallel_state.get_expert_model_parallel_rank()
         experts = 1 + max((rule.expert for rule in table if rule.expert is not None), default=0)
-        slots: dict[tuple[str, int | None], list[Rule]] = {}
+        experts_a_rank = experts // parallel_state.get_expert_model_parallel_world_size()
+        slots: dict[str, list[Rule]] = {}
         for rule in table:
-            index = None if rule.expert is None else rule.expert % (experts // ranks)
-            kind = rule.megatron if index is None else rule.megatron.replace(f".experts.{rule.expert}.", ".experts.*.")
-            slots.setdefault((kind, index), []).append(rule)
+            key = rule.megatron
+            if rule.expert is not None:
+                key = key.replace(f".experts.{rule.expert}.", f".experts.{rule.expert % experts_a_rank}.")
+            slots.setdefault(key, []).append(rule)
         plan = []
         for group in slots.values():
-            name = group[rank if len(group) > 1 else 0].megatron
+            name = self._mine(group)
             stage = next((s for s, names in enumerate(stages) if name in names), None)
             assert stage is not None, f"no pipeline stage has {name=}"
-            dtype, parts = stages[stage][name]
-            plan.append(Slot(tuple(group), stage, dtype, parts))
+            plan.append(Slot(tuple(group), stage, *stages[stage][name]))
         return plan
 
     def _export(self, bucket: list[Slot], local: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -216,7 +221,7 @@ class Exporter:
 
         if bucket[0].stage == self._stage:
             for key, slots in members.items():
-                self._gather(regions[key], [(slot, local[self._mine(slot)]) for slot in slots], self._groups[key])
+                self._gather(regions[key], [(slot, local[self._mine(slot.rules)]) for slot in slots], self._groups[key])
         if self._pipeline.size() > 1:
             dist.broadcast(buffer, group=self._pipeline, group_src=bucket[0].stage)
 
@@ -225,8 +230,7 @@ class Exporter:
             rows = regions[slot.group].view(ranks[slot.group], -1)
             start = offsets[slot.group]
             offsets[slot.group] += slot.stride
-            shape = slot.rules[0].shape(slot.parts)
-            parts = [one[start : start + slot.nbytes].view(slot.dtype).view(shape) for one in rows]
+            parts = [one[start : start + slot.nbytes].view(slot.dtype).view(slot.shape) for one in rows]
             for i, rule in enumerate(slot.rules):
                 first = i * self._expert_parts  # expert tensor parallel ranks are neighbours in the expert group
                 yield from rule.to_hf(parts[first : first + slot.parts])

@@ -1,0 +1,34 @@
+"""Random initial weights that are the same in every parallel layout: each tensor's generator is seeded by its name."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_r1.weights.rules import rules
+
+
+class RandomWeights:
+    """Stands where a SafetensorsReader does: normal(0, initializer_range), norms 1, biases 0, as transformers initialises."""
+
+    def __init__(self, hf: dict[str, Any], *, seed: int) -> None:
+        self.folder = Path("random weights")
+        self.std = hf.get("initializer_range", 0.02)
+        self.seed = seed
+        self.shapes = {tensor.name: tensor.shape for rule in rules(hf) for tensor in rule.hf}
+        self.files = dict.fromkeys(self.shapes, self.folder)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self.shapes[name]
+
+    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """One rectangular part of a tensor; the whole is made to get it."""
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            return torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0)[index]
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode()).digest()[:8], "little", signed=True)
+        return torch.empty(shape).normal_(std=self.std, generator=torch.Generator().manual_seed(seed))[index]
