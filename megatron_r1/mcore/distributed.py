@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_r1.mcore import cpu
 from megatron_r1.parallel import Parallel
 
 
@@ -17,9 +18,9 @@ def init(parallel: Parallel, seed: int, *, timeout_minutes: float = 30.0) -> Non
     """Join the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, then make Megatron's groups.
 
     NCCL with CUDA, gloo without. Random numbers start from `seed`: the same on all data-parallel ranks. After
-    `shutdown()` it may be called again with other sizes.
+    `forget_layout()` it may be called again with other sizes.
     """
-    gpu = torch.cuda.is_available()
+    gpu = cpu.has_cuda()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
@@ -38,9 +39,20 @@ def init(parallel: Parallel, seed: int, *, timeout_minutes: float = 30.0) -> Non
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
 
 
-def shutdown() -> None:
-    """Undo Megatron's part of `init`; torch.distributed stays, for the next layout or the end of the process."""
+def forget_layout() -> None:
+    """Undo Megatron's part of `init`; torch.distributed stays, for the next layout."""
     parallel_state.destroy_model_parallel()
+
+
+def shutdown() -> None:
+    """Undo `init`, at the end of the process."""
+    forget_layout()
+    dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process among all of the run."""
+    return dist.get_rank()
 
 
 def leave() -> None:
@@ -95,9 +107,14 @@ def gather_over_dp(value: Any) -> list[Any]:
     return values
 
 
+def gather_from_leaders(values: list[Any]) -> list[Any]:
+    """The lists of all model-parallel leaders, one after another in data-parallel order, on every rank."""
+    return [value for part in gather_over_dp(broadcast_in_model_parallel_group(values)) for value in part]
+
+
 def _leader() -> int:
     return dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
 
 
 def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if cpu.has_cuda() else torch.device("cpu")
