@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,17 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # config, tokenizer, chat template, custom code
 KEPT_FP32 = ("e_score_correction_bias",)  # a router bias in bf16 changes which experts are chosen
+
+
+class Reader(Protocol):
+    """Where `shard.load` takes tensors of Hugging Face names from."""
+
+    folder: Path
+    files: dict[str, Path]  # tensor -> its file, for messages
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor: ...
 
 
 class SafetensorsReader:

@@ -22,7 +22,7 @@ import megatron_r1.mcore  # noqa: F401  installs the CPU adaptations before the 
 # isort: split
 from megatron.core import parallel_state
 
-from megatron_r1.weights.hf import SafetensorsReader, check_target, write
+from megatron_r1.weights.hf import Reader, check_target, write
 from megatron_r1.weights.names import Place, canonical
 from megatron_r1.weights.rules import Rule, rules
 
@@ -64,8 +64,8 @@ def _place(model: torch.nn.Module, hf: dict[str, Any]) -> Place:
     )
 
 
-def load(chunks: Sequence[torch.nn.Module], reader: SafetensorsReader, hf: dict[str, Any]) -> None:
-    """Copy a Hugging Face checkpoint into this rank's parameters and buffers; each rank reads only its own part.
+def load(chunks: Sequence[torch.nn.Module], reader: Reader, hf: dict[str, Any]) -> None:
+    """Copy tensors of Hugging Face names, as a checkpoint's, into this rank's parameters and buffers; each rank reads only its own part.
 
     Raises ValueError when the files lack a tensor of `hf` (a config.json), hold one that it has no place for, or one
     of another shape.
@@ -78,7 +78,7 @@ def load(chunks: Sequence[torch.nn.Module], reader: SafetensorsReader, hf: dict[
             tensor.copy_(_read_part(table[name], tensor, reader))
 
 
-def _read_part(rule: Rule, tensor: torch.Tensor, reader: SafetensorsReader) -> torch.Tensor:
+def _read_part(rule: Rule, tensor: torch.Tensor, reader: Reader) -> torch.Tensor:
     for source in rule.hf:
         shape, file = reader.shape(source.name), reader.files[source.name]
         if shape != source.shape:
@@ -94,7 +94,7 @@ def _read_part(rule: Rule, tensor: torch.Tensor, reader: SafetensorsReader) -> t
     return value
 
 
-def _check_names(reader: SafetensorsReader, table: list[Rule], hf: dict[str, Any]) -> None:
+def _check_names(reader: Reader, table: list[Rule], hf: dict[str, Any]) -> None:
     wanted = {source.name: source.shape for rule in table for source in rule.hf}
     known = wanted.keys() | {copy for rule in table for copy in rule.copies}
     mtp = [f"model.layers.{hf['num_hidden_layers'] + k}." for k in range(hf.get("num_nextn_predict_layers") or 0)]
