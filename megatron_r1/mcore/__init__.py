@@ -1,4 +1,4 @@
-"""Everything that runs Megatron-Core. Importing this package adapts Megatron to a machine without CUDA first."""
+"""Megatron-Core: whatever imports this package, or anything in it, finds a Megatron that runs on this machine."""
 
 from megatron_r1.mcore import cpu
 

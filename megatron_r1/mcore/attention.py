@@ -1,65 +1,58 @@
-"""Core attention over packed sequences for the local layer spec, with head sizes of query/key and value that may differ.
+"""Causal attention over packed sequences (thd) with torch's scaled_dot_product_attention.
 
-Legend: T packed tokens, N sequences, L the longest of a group, h heads of this rank, D head size.
+The sequences are laid side by side in dense batches, padded on the right: there `is_causal=True` is exact, because a
+token never sees the padding after it. Legend: T packed tokens, N sequences, L the longest of a batch, H heads of this
+rank, D head dimension of queries and keys, E of values.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.functional import scaled_dot_product_attention
-
-MAX_WASTE = 1.5  # padded tokens a real token, before sequences of other lengths get a call of their own
 
 
-@dataclass(frozen=True)
-class Group:
-    """Sequences of similar length that share one attention call."""
+@dataclass
+class DenseBatches:
+    """How T packed tokens lie in dense batches; the batches one after another have P >= T places."""
 
-    count: int  # N
-    longest: int  # L
-    source_T: torch.Tensor  # where each of their tokens stands in the pack
-    target_T: torch.Tensor  # where it stands in the padded batch [N * L]
+    shapes: list[tuple[int, int]]  # (sequences, L) of each batch
+    source_P: torch.Tensor  # the token in each place; in padding, the sequence's last one
+    place_T: torch.Tensor  # the place of each token
 
 
-def groups(cu_seqlens: torch.Tensor) -> list[Group]:
-    """Sequences of a pack in groups of similar length, longest first."""
-    bounds = cu_seqlens.tolist()
-    spans = sorted(((end - start, start) for start, end in zip(bounds, bounds[1:]) if end > start), reverse=True)
-    found, members = [], []
+def dense_batches(cu_seqlens: torch.Tensor) -> DenseBatches:
+    """Batches of sequences of similar length, so that padding at most doubles the tokens."""
+    starts = cu_seqlens.tolist()
+    spans = sorted(((stop - start, start) for start, stop in pairwise(starts) if stop > start), reverse=True)
+    batches: list[list[tuple[int, int]]] = []
     for length, start in spans:
-        tokens = sum(size for size, _ in members) + length
-        if members and members[0][0] * (len(members) + 1) > MAX_WASTE * tokens:
-            found.append(_group(members))
-            members = []
-        members.append((length, start))
-    return [*found, _group(members)]
+        if not batches or 2 * length < batches[-1][0][0]:
+            batches.append([])
+        batches[-1].append((length, start))
+
+    sources = []
+    for batch in batches:
+        longest = batch[0][0]
+        lengths, firsts = (torch.tensor(column) for column in zip(*batch, strict=True))
+        sources.append(firsts[:, None] + torch.minimum(torch.arange(longest), lengths[:, None] - 1))
+    source = torch.cat([s.flatten() for s in sources])
+    places = torch.arange(len(source))
+    place = torch.full((starts[-1],), len(source)).scatter_reduce_(0, source, places, reduce="amin")
+    shapes = [(len(batch), batch[0][0]) for batch in batches]
+    return DenseBatches(shapes, source.to(cu_seqlens.device), place.to(cu_seqlens.device))
 
 
-def _group(members: list[tuple[int, int]]) -> Group:
-    longest = members[0][0]
-    lengths = torch.tensor([length for length, _ in members])
-    starts = torch.tensor([start for _, start in members])
-    within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    rows = torch.arange(len(members)) * longest
-    return Group(len(members), longest, starts.repeat_interleave(lengths) + within, rows.repeat_interleave(lengths) + within)
-
-
-class PackedAttention(MegatronModule):
-    """Causal attention within each sequence of a thd pack.
-
-    Sequences are padded on the right into a dense batch and attend causally: no real token sees the padding behind it, so
-    one dense call is exact, and far cheaper on a CPU than one call a sequence.
-    """
+class PackedAttention(torch.nn.Module):
+    """Core attention for Megatron's layers, also where values are narrower than queries and keys (MLA)."""
 
     def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **_: Any) -> None:
-        super().__init__(config)
-        self.softmax_scale = softmax_scale  # MLA's includes YaRN's mscale
+        super().__init__()
+        self.softmax_scale = softmax_scale  # MLA passes its own, with the square of YaRN's mscale
 
     def forward(
         self,
@@ -67,27 +60,23 @@ class PackedAttention(MegatronModule):
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        *,
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """query, key [T, (1,) h, D], value [T, (1,) h, Dv] -> [T, h * Dv]."""
-        assert packed_seq_params is not None, "the local attention takes packed sequences only"
-        query, key, value = (x.flatten(0, 1) if x.dim() == 4 else x for x in (query, key, value))
-        plan = packed_seq_params.__dict__.get("groups")  # made once a pack, used by every layer
-        if plan is None:
-            plan = packed_seq_params.groups = groups(packed_seq_params.cu_seqlens_q)
-        attended = torch.cat([self._attend(group, query, key, value) for group in plan])
-        return attended[torch.cat([group.source_T for group in plan]).argsort()]
+        """query and key [T, H, D], value [T, H, E] -> [T, H * E]; `cu_seqlens_q` must cover all T tokens."""
+        assert packed_seq_params is not None, "only packed sequences"
+        batches = getattr(packed_seq_params, "dense_batches", None)
+        if batches is None:  # the first layer of this microbatch
+            batches = packed_seq_params.dense_batches = dense_batches(packed_seq_params.cu_seqlens_q)
+        assert len(batches.place_T) == len(query), f"{len(batches.place_T)=} {len(query)=}"
 
-    def _attend(self, group: Group, *tensors: torch.Tensor) -> torch.Tensor:
-        """The group's tokens, attended, in the order of source_T: [tokens, h * Dv]."""
-        size = group.count * group.longest
-
-        def padded(x: torch.Tensor) -> torch.Tensor:
-            batch = x.new_zeros(size, *x.shape[1:]).index_copy(0, group.target_T, x[group.source_T])
-            return batch.view(group.count, group.longest, *x.shape[1:]).transpose(1, 2)
-
-        query, key, value = (padded(x) for x in tensors)
-        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.softmax_scale)
-        return out.transpose(1, 2).reshape(size, -1)[group.target_T]
+        width = value.shape[-1]
+        value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))  # one width for all: torch's fused kernel on CPU
+        sizes = [count * length for count, length in batches.shapes]
+        pieces = [tensor[batches.source_P].split(sizes) for tensor in (query, key, value)]
+        outputs = []
+        for shape, *qkv in zip(batches.shapes, *pieces, strict=True):
+            q, k, v = (piece.unflatten(0, shape).transpose(1, 2) for piece in qkv)  # [N, H, L, D]
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs)[batches.place_T, :, :width].flatten(1)

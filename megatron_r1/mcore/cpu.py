@@ -1,186 +1,234 @@
-"""What Megatron-Core assumes of CUDA, and what takes its place on a CPU: the only file that knows.
+"""Where Megatron-Core assumes CUDA, and what stands there on a machine without it: the only file that knows.
 
-`install` runs before the first import of Megatron, and only where CUDA is absent. It makes `torch.cuda` answer for the
-CPU, so it must never be imported into a vLLM process. Each adaptation is a row of PATCHES with its reason; a test leaves
-out one at a time and fails when training still works without it.
+`install()` changes `torch.cuda` and some of Megatron's own modules for the whole process, so it must never run in one
+that serves vLLM. Each patch names the Megatron code that needs it; tests/test_cpu.py takes each away and fails when
+nothing breaks, so that none outlives its reason.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import os
-from collections.abc import Callable, Iterable
+import pkgutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from megatron_r1.mcore.adamw import AdamW
 
 CPU = torch.device("cpu")
-FACTORIES = ("arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randint", "randn", "tensor", "zeros", "zeros_like")
-REAL_HAS_CUDA = torch.cuda.is_available()
-_installed = False
-
-
-def has_cuda() -> bool:
-    """Whether there is a real GPU, whatever `torch.cuda` says after `install`."""
-    return REAL_HAS_CUDA
-
-
-class NoStream:
-    """A stream or event where everything happens at once and in order: all its methods do nothing."""
-
-    cuda_stream = 0
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __enter__(self) -> NoStream:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Callable[..., NoStream]:
-        return lambda *args, **kwargs: NoStream()
-
-
-def is_cuda(device: Any) -> bool:
-    """Whether a `device` argument names a GPU."""
-    if isinstance(device, torch.device):
-        return device.type == "cuda"
-    return isinstance(device, str) and device.startswith("cuda")
-
-
-def _dynamo() -> None:
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    import torch._dynamo.config
-
-    torch._dynamo.config.disable = True
-
-
-def _device_calls() -> None:
-    for name in ("synchronize", "set_device", "empty_cache", "ipc_collect", "reset_peak_memory_stats", "nvtx"):
-        setattr(torch.cuda, name, NoStream() if name == "nvtx" else lambda *args, **kwargs: None)
-    torch.cuda.current_device = lambda: CPU
-    torch.cuda.device_count = lambda: 1
-    torch.cuda.memory_allocated = torch.cuda.max_memory_allocated = lambda *args: 0
-    torch.cuda.get_device_capability = lambda *args: (0, 0)
-
-
-def _streams() -> None:
-    torch.cuda.Stream = torch.cuda.Event = NoStream
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args: NoStream()
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()
-
-
-def _factories() -> None:
-    for name in FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.to = _on_cpu(torch.Tensor.to)
-
-
-def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if is_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
-        return function(*(CPU if is_cuda(a) else a for a in args), **kwargs)
-
-    return wrapped
-
-
-def _cuda_methods() -> None:
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-
-
-def _tensor_type() -> None:
-    original = torch.Tensor.type
-
-    def type_of(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        answer = original(self, *args, **kwargs)
-        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
-
-    torch.Tensor.type = type_of
-
-
-def _generators() -> None:
-    torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
-    # torch.manual_seed calls torch.cuda.manual_seed, so that one must not call back
-    torch.cuda.manual_seed = torch.cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
-
-
-def _rng_tracker() -> None:
-    module = importlib.import_module("megatron.core.tensor_parallel.random")
-    module._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    module._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-
-
-def _all_to_all() -> None:
-    original = dist.all_to_all_single
-
-    def all_to_all_single(output: torch.Tensor, input: torch.Tensor, *splits: Any, **kwargs: Any) -> Any:
-        as_lists = [s.tolist() if isinstance(s, torch.Tensor) else s for s in splits]
-        for name in ("output_split_sizes", "input_split_sizes"):
-            if isinstance(kwargs.get(name), torch.Tensor):
-                kwargs[name] = kwargs[name].tolist()
-        return original(output, input, *as_lists, **kwargs)
-
-    dist.all_to_all_single = torch.distributed.distributed_c10d.all_to_all_single = all_to_all_single
-
-
-def _no_te_in_mla() -> None:
-    importlib.import_module("megatron.core.transformer.multi_latent_attention").HAVE_TE = False
-
-
-def _no_te_in_router() -> None:
-    importlib.import_module("megatron.core.transformer.moe.moe_utils").te_general_gemm = None
-
-
-def _optimizer_step() -> None:
-    from megatron_r1.mcore.adamw import AdamW
-
-    module = importlib.import_module("megatron.core.optimizer")
-    module.Adam, module.USING_PYTORCH_OPTIMIZER = AdamW, False
-    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    module.HAVE_APEX_OR_TE = module.USING_TE_OPTIMIZER = True
+MISSING = object()
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One adaptation."""
+    """One assumption and its replacement: every target becomes `replace(what stood there)`."""
 
     name: str
     why: str
-    apply: Callable[[], None]
+    targets: tuple[str, ...]  # dotted names: the attribute of a module or a class
+    replace: Callable[[Any], Any]
+
+    def apply(self) -> list[tuple[Any, str, Any]]:
+        """Patch, and return (owner, attribute, what stood there) for each target."""
+        saved = []
+        for target in self.targets:
+            path, attribute = target.rsplit(".", 1)
+            owner = pkgutil.resolve_name(path)
+            original = getattr(owner, attribute, MISSING)
+            setattr(owner, attribute, self.replace(original))
+            saved.append((owner, attribute, original))
+        return saved
 
 
-PATCHES: tuple[Patch, ...] = (
-    Patch("dynamo", "fused helpers are torch.compiled, and dynamo recurses through the replaced torch.cuda", _dynamo),
-    Patch("device calls", "current_device, synchronize and memory calls raise without a CUDA build", _device_calls),
-    Patch("streams", "the MoE dispatcher and DDP order their copies with CUDA streams and events", _streams),
-    Patch("factories", "buffers are made with device='cuda' or current_device()", _factories),
-    Patch("cuda methods", "tensors and modules are moved with .cuda()", _cuda_methods),
-    Patch("tensor type", "the distributed optimizer takes only parameters whose type is torch.cuda.*Tensor", _tensor_type),
-    Patch("generators", "seeds and RNG states go through CUDA generators", _generators),
-    Patch("rng tracker", "the tensor-parallel RNG tracker reads CUDA's generator table directly", _rng_tracker),
-    Patch("all-to-all", "the MoE dispatcher's split sizes are tensors, and gloo takes lists", _all_to_all),
-    Patch("no TE in MLA", "HAVE_TE is True without Transformer Engine, then isinstance(x, None) raises", _no_te_in_mla),
-    Patch("no TE in router", "te_general_gemm is an unbound name without Transformer Engine", _no_te_in_router),
-    Patch("optimizer step", "torch's AdamW keeps a step a parameter, which Megatron saves but cannot load", _optimizer_step),
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.device(kwargs.get("device") or CPU).type == "cuda":
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _itself(_: Any) -> Callable[..., Any]:
+    return lambda tensor_or_module, *args, **kwargs: tensor_or_module
+
+
+class _Stream:
+    """A stream or an event: on CPU everything has happened when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record_event(self, *args: Any) -> _Stream:
+        return _Stream()
+
+    def __getattr__(self, name: str) -> Callable[..., _Stream]:
+        return lambda *args, **kwargs: _Stream()
+
+
+def _cuda_type(type_method: Callable[..., Any]) -> Callable[..., Any]:
+    def type_of(tensor: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        if dtype is None:
+            return type_method(tensor).replace("torch.", "torch.cuda.", 1)
+        return type_method(tensor, dtype, **kwargs)
+
+    return type_of
+
+
+def _splits_as_lists(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
+    def single(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def plain(value: Any) -> Any:
+            return value.tolist() if hasattr(value, "tolist") and not isinstance(value, torch.distributed.ProcessGroup) else value
+
+        return all_to_all(output, input, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+
+    return single
+
+
+def _set_rng_state(_: Any) -> Callable[..., None]:
+    return lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+TORCH_PATCHES = (
+    Patch(
+        "current device",
+        "buffers and parameters are made on torch.cuda.current_device() (tensor_parallel, p2p_communication, DDP, router)",
+        ("torch.cuda.current_device",),
+        lambda _: lambda: CPU,
+    ),
+    Patch(
+        "device literals",
+        'device="cuda" in the token count of the schedules, the scaler and the norm of the gradients',
+        ("torch.tensor", "torch.zeros", "torch.ones", "torch.empty", "torch.empty_like"),
+        _on_cpu,
+    ),
+    Patch(
+        "moves to the device",
+        ".cuda() on the shared embedding of pipeline stages and on loaded checkpoint shards",
+        ("torch.Tensor.cuda", "torch.nn.Module.cuda"),
+        _itself,
+    ),
+    Patch(
+        "streams",
+        "the all-to-all dispatcher makes a stream for its copies to the host",
+        ("torch.cuda.Stream", "torch.cuda.Event"),
+        lambda _: _Stream,
+    ),
+    Patch(
+        "current stream",
+        "the dispatcher and the gradient buffers order their work on torch.cuda.current_stream()",
+        ("torch.cuda.current_stream", "torch.cuda.default_stream"),
+        lambda _: lambda *args: _Stream(),
+    ),
+    Patch(
+        "stream contexts",
+        "the copies of the dispatcher run under `with torch.cuda.stream(...)`",
+        ("torch.cuda.stream",),
+        lambda _: contextlib.nullcontext,
+    ),
+    Patch(
+        "synchronize",
+        "pipeline sends and receives end in torch.cuda.synchronize()",
+        ("torch.cuda.synchronize",),
+        lambda _: lambda device=None: None,
+    ),
+    Patch(
+        "random state",
+        "CudaRNGStatesTracker keeps states of the CUDA generator; here they are those of the CPU generator",
+        ("torch.cuda.get_rng_state", "torch.cuda.random.get_rng_state"),
+        lambda _: lambda device=None: torch.get_rng_state(),
+    ),
+    Patch(
+        "random seed",
+        "torch.cuda.manual_seed must seed the CPU generator, and not through torch.manual_seed, which calls it",
+        ("torch.cuda.manual_seed",),
+        lambda _: lambda seed: torch.default_generator.manual_seed(seed),
+    ),
+    Patch(
+        "tensor type names",
+        "the optimizers take parameters whose type() is torch.cuda.FloatTensor and no others",
+        ("torch.Tensor.type",),
+        _cuda_type,
+    ),
+    Patch(
+        "all-to-all splits",
+        "the dispatcher passes split sizes as tensors or arrays; gloo takes lists",
+        ("torch.distributed.all_to_all_single",),
+        _splits_as_lists,
+    ),
 )
+MEGATRON_PATCHES = (
+    Patch(
+        "setting the random state",
+        "the tracker sets a CUDA generator's state directly",
+        ("megatron.core.tensor_parallel.random._set_cuda_rng_state",),
+        _set_rng_state,
+    ),
+    Patch(
+        "Transformer Engine is absent in MLA",
+        "HAVE_TE is True there without Transformer Engine, and isinstance(x, None) raises",
+        ("megatron.core.transformer.multi_latent_attention.HAVE_TE",),
+        lambda _: False,
+    ),
+    Patch(
+        "Transformer Engine is absent in the router",
+        "moe_utils asks whether te_general_gemm is None, but does not define it without Transformer Engine",
+        ("megatron.core.transformer.moe.moe_utils.te_general_gemm",),
+        lambda _: None,
+    ),
+)
+OPTIMIZER_PATCHES = (
+    Patch(
+        "optimizer",
+        "fused optimizers keep `step` in the param group; of torch's AdamW, a tensor a parameter, Megatron saves what it cannot load",
+        ("megatron.core.optimizer.Adam",),
+        lambda _: AdamW,
+    ),
+    Patch(
+        "optimizer without torch's step",
+        "with torch's optimizers the param groups get `eps` and the state a `step` of its own",
+        ("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER",),
+        lambda _: False,
+    ),
+    Patch(
+        "optimizer like Transformer Engine's",
+        "the distributed optimizer reads `step` from the param groups only of Apex's and Transformer Engine's",
+        (
+            "megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
+            "megatron.core.optimizer.distrib_optimizer.USING_TE_OPTIMIZER",
+        ),
+        lambda _: True,
+    ),
+)
+PATCHES = TORCH_PATCHES + MEGATRON_PATCHES + OPTIMIZER_PATCHES
+_originals: dict[str, list[tuple[Any, str, Any]]] = {}
 
 
-def install(*, without: Iterable[str] = ()) -> None:
-    """Apply every patch, once. `without` names those to leave out; only the tests use it."""
-    global _installed
-    if _installed:
+def has_cuda() -> bool:
+    """Whether the model runs on GPUs; otherwise on CPU, with the patches of this file."""
+    return torch.cuda.is_available()
+
+
+def install() -> None:
+    """Adapt this process to a machine without CUDA; before the first import of Megatron. Safe to call again."""
+    if _originals:
         return
-    _installed = True
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # dynamo recurses in the patched functions when Megatron compiles its fusions
     for patch in PATCHES:
-        if patch.name not in without:
-            patch.apply()
+        _originals[patch.name] = patch.apply()
+
+
+@contextlib.contextmanager
+def without(name: str) -> Iterator[None]:
+    """Take the patch `name` away: for the test that it is still needed."""
+    for owner, attribute, original in _originals[name]:
+        if original is MISSING:
+            delattr(owner, attribute)
+        else:
+            setattr(owner, attribute, original)
+    try:
+        yield
+    finally:
+        next(patch for patch in PATCHES if patch.name == name).apply()

@@ -55,17 +55,6 @@ def rank() -> int:
     return dist.get_rank()
 
 
-def leave() -> None:
-    """`shutdown`, and leave the processes too: the end of a stage."""
-    shutdown()
-    dist.destroy_process_group()
-
-
-def rank() -> int:
-    """This process among all of them."""
-    return dist.get_rank()
-
-
 def any_rank(flag: bool) -> bool:
     """Whether any rank says so; all of them learn it."""
     said = torch.tensor(float(flag), device=_device())

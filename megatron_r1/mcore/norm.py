@@ -1,4 +1,4 @@
-"""RMSNorm for the local layer spec: Megatron's own torch norm refuses sequence parallelism, which MoE with TP requires."""
+"""RMSNorm for the local layers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-class RMSNorm(torch.nn.Module):
-    """x * rsqrt(mean(x^2) + eps) * weight over the last dimension."""
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the mark by which Megatron sums its gradient over the tensor-parallel group.
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, *, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # each rank saw its part of the sequence, so Megatron sums this gradient over the tensor-parallel ranks
+    Megatron's own wrapper of it refuses sequence parallelism, which a mixture of experts needs with tensor parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, *, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,10 +1,14 @@
-"""From a Hugging Face config.json to Megatron-Core's GPTModel: the one place that chooses between CPU and GPU layers."""
+"""A Hugging Face config.json -> Megatron model chunks on this rank; which layers they are made of is decided here alone.
+
+The family is a file of this folder, named as config.json's model_type. On CPU the layers are Megatron's local ones with
+our attention and norm, on GPU they are Transformer Engine's.
+"""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from typing import Any
+import importlib.util
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -12,102 +16,151 @@ import megatron_r1.mcore  # noqa: F401  installs the CPU adaptations before the 
 
 # isort: split
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import init_method_normal
 
 from megatron_r1 import plugins
+from megatron_r1.mcore import cpu
 from megatron_r1.mcore.attention import PackedAttention
 from megatron_r1.mcore.norm import RMSNorm
+from megatron_r1.models.gpt import PolicyModel
 from megatron_r1.parallel import Parallel
 
-# Megatron's own local layers refuse packed sequences, MLA's head sizes and sequence parallelism
-LOCAL_PARTS = {DotProductAttention: PackedAttention, WrappedTorchNorm: RMSNorm}
+OWN_MODULES: dict[Any, type[torch.nn.Module]] = {WrappedTorchNorm: RMSNorm, DotProductAttention: PackedAttention}
 
 
-class PolicyModel(GPTModel):
-    """GPTModel whose MTP layers can be left out of a forward.
+def build(
+    hf: dict[str, Any],
+    parallel: Parallel,
+    *,
+    dtype: torch.dtype = torch.float32,
+    recompute: Literal["none", "selective", "full"] = "none",
+    train_mtp: bool = True,
+    mtp_loss_scale: float = 0.1,
+    router_bias_update_rate: float = 0.0,
+) -> list[PolicyModel]:
+    """This rank's model chunks (one, or `virtual_pipeline_model_parallel_size`), randomly initialised, not yet wrapped.
 
-    Without labels it returns logits [1, T, V / TP] on the last stage and runs no MTP layer: what RL and log-probs need.
-    With labels [1, T] and loss_mask [1, T] it returns the same logits with the MTP loss attached to them, which backward
-    then adds; Megatron's roll keeps the shifted labels inside their sequence.
+    All chunks share one TransformerConfig. Parameters are `dtype`, the routers' correction bias is float32. Without
+    `train_mtp` the MTP layers are frozen: with no loss of their own, weight decay alone would move them.
+    Needs `mcore.distributed.init(parallel, ...)`. Raises ValueError with one line for a family or field not built here.
     """
-
-    main_labels: torch.Tensor | None = None
-
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Megatron asks this for the MTP heads and for the main one, of which the caller wants the logits themselves."""
-        if labels is self.main_labels:
-            return logits.transpose(0, 1).contiguous()
-        return super().compute_language_model_loss(labels, logits)
-
-    def _postprocess(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        if labels is not None or self.config.mtp_num_layers is None:
-            self.main_labels = labels
-            return super()._postprocess(*args, labels=labels, **kwargs)
-        depth, self.config.mtp_num_layers = self.config.mtp_num_layers, None
-        try:
-            return super()._postprocess(*args, labels=None, **{**kwargs, "mtp_in_postprocess": False})
-        finally:
-            self.config.mtp_num_layers = depth
-
-
-def build(hf: dict[str, Any], parallel: Parallel, **options: Any) -> list[GPTModel]:
-    """This rank's model chunks (one, or one a virtual pipeline stage), randomly initialised, not yet wrapped for training.
-
-    hf       a config.json; its model_type names the file in models/ that translates it
-    options  keyword arguments of that file's transformer_config (dtype, recompute, train_mtp ...)
-    """
-    family = plugins.load("models", hf["model_type"])
-    config = family.transformer_config(hf, parallel, **options)
-    on_gpu = torch.cuda.is_available()
-    return [_chunk(hf, config, family.embedding_options(hf), stage=stage, on_gpu=on_gpu) for stage in _stages(parallel)]
-
-
-def _stages(parallel: Parallel) -> list[int | None]:
-    count = parallel.virtual_pipeline_model_parallel_size
-    return [None] if count is None else list(range(count))
+    if "model_type" not in hf:
+        raise ValueError("config.json: model_type is missing; it names the file in megatron_r1/models/")
+    std = hf.get("initializer_range", 0.02)
+    config = plugins.load("models", hf["model_type"]).transformer_config(
+        hf,
+        **_layout(hf, parallel),
+        **_recompute(recompute),
+        **_kernels(),
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        moe_router_dtype="fp32",
+        init_method=init_method_normal(std),
+        output_layer_init_method=init_method_normal(std),
+        mtp_loss_scaling_factor=mtp_loss_scale,
+        moe_router_bias_update_rate=router_bias_update_rate,
+        moe_token_dispatcher_type="alltoall",
+        calculate_per_token_loss=True,  # gradients are divided by the count that the loss reports, over all ranks
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    stages = parallel.virtual_pipeline_model_parallel_size
+    chunks = [_chunk(config, hf, vp_stage=stage) for stage in (range(stages) if stages else [None])]
+    for chunk in chunks:
+        if chunk.mtp_process and not train_mtp:
+            chunk.mtp.requires_grad_(False)
+    return [chunk.cuda() for chunk in chunks] if cpu.has_cuda() else chunks
 
 
-def _chunk(hf: dict[str, Any], config: Any, embedding: dict[str, Any], *, stage: int | None, on_gpu: bool) -> GPTModel:
-    layers = get_gpt_decoder_block_spec(config, use_transformer_engine=on_gpu, normalization="RMSNorm", vp_stage=stage)
+def _layout(hf: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
+    layers, stages = hf["num_hidden_layers"], parallel.pipeline_model_parallel_size
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "pipeline_model_parallel_size": stages,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "num_layers_in_last_pipeline_stage": parallel.layers_on_last_stage(layers) if layers % stages else None,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
+    }
+
+
+def _recompute(recompute: str) -> dict[str, Any]:
+    """Which activations are computed again in the backward pass instead of kept."""
+    if recompute == "none":
+        return {}
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    assert recompute == "selective", f"{recompute=}"
+    modules = ["layernorm", "mla_up_proj"]  # what V3 computes again (arXiv:2412.19437, section 3.2.3)
+    return {"recompute_granularity": "selective", "recompute_modules": modules + (["moe_act"] if cpu.has_cuda() else [])}
+
+
+def _kernels() -> dict[str, Any]:
+    """Fused kernels are Transformer Engine's; on CPU there are none."""
+    if not cpu.has_cuda():
+        return {"use_cpu_initialization": True}
+    return {
+        "moe_grouped_gemm": True,
+        "moe_permute_fusion": True,
+        "bias_activation_fusion": True,
+        # the output layer is not Transformer Engine's, and needs Apex's kernel for it
+        "gradient_accumulation_fusion": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+    }
+
+
+def _chunk(config: TransformerConfig, hf: dict[str, Any], *, vp_stage: int | None) -> PolicyModel:
+    engine = cpu.has_cuda()
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm", vp_stage=vp_stage)
     mtp = None
     if config.mtp_num_layers:
-        # a stage without decoder layers of its own has none to copy the MTP block from, hence the whole model's list
-        mtp = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=on_gpu, vp_stage=stage)
-    if not on_gpu:
-        layers, mtp = _with_local_parts(layers), _with_local_parts(mtp)
-        layers.layer_norm = RMSNorm
-    virtual = {"ignore_virtual": stage is None, "vp_stage": stage}
-    model = PolicyModel(
+        mtp = get_gpt_mtp_block_spec(config, _moe_layer(config), use_transformer_engine=engine, vp_stage=vp_stage)
+    return PolicyModel(
         config,
-        layers,
+        block if engine else _with_own_modules(block),
+        mtp_block_spec=mtp if engine else _with_own_modules(mtp),
         vocab_size=hf["vocab_size"],
         max_sequence_length=hf["max_position_embeddings"],
-        pre_process=parallel_state.is_pipeline_first_stage(**virtual),
-        post_process=parallel_state.is_pipeline_last_stage(**virtual),
-        parallel_output=True,
-        share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings", False)),
-        mtp_block_spec=mtp,
-        vp_stage=stage,
-        **embedding,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings")),
+        position_embedding_type="rope",
+        vp_stage=vp_stage,
     )
-    if mtp is not None and not config.mtp_loss_scaling_factor:
-        model.mtp.requires_grad_(False)  # else weight decay would wear down layers that get no gradient
-    return model
 
 
-def _with_local_parts(spec: Any) -> Any:
-    """A copy of a spec tree with Megatron's local attention and norm replaced by ours."""
-    if isinstance(spec, type):
-        return LOCAL_PARTS.get(spec, spec)
-    if isinstance(spec, list | tuple):
-        return type(spec)(_with_local_parts(part) for part in spec)
-    if not dataclasses.is_dataclass(spec):
-        return spec
-    spec = copy.copy(spec)
-    for field in dataclasses.fields(spec):
-        if field.name not in ("params", "metainfo"):
-            setattr(spec, field.name, _with_local_parts(getattr(spec, field.name)))
-    return spec
+def _moe_layer(config: TransformerConfig) -> ModuleSpec:
+    """The layer of MTP: a mixture of experts, whatever the decoder's last layer is."""
+    arguments = {
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "qk_layernorm": config.qk_layernorm,
+        "multi_latent_attention": config.multi_latent_attention,
+    }
+    if cpu.has_cuda():
+        return get_gpt_layer_with_transformer_engine_spec(**arguments)
+    return get_gpt_layer_local_spec(**arguments, normalization="RMSNorm")
+
+
+def _with_own_modules(spec: Any) -> Any:
+    """A spec of Megatron's local layers, with our norm and attention in the place of Megatron's."""
+    if isinstance(spec, list):
+        return [_with_own_modules(part) for part in spec]
+    if is_dataclass(spec) and not isinstance(spec, type):
+        for field in fields(spec):
+            setattr(spec, field.name, _with_own_modules(getattr(spec, field.name)))
+    return OWN_MODULES.get(spec, spec) if isinstance(spec, type) else spec

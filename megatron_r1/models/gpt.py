@@ -1,0 +1,86 @@
+"""Megatron's GPT model as a policy needs it: logits always, the loss of multi-token prediction (MTP) on request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, roll_tensor
+
+
+class PolicyModel(GPTModel):
+    """Called as
+
+        model(input_ids=[1, T], position_ids=[1, T], attention_mask=None, packed_seq_params=thd)
+
+    it returns logits [1, T, V / TP] on the last pipeline stage, float32 or bf16 as the model is, and hidden states
+    [T / TP, 1, hidden] on the others. MTP layers are then left out.
+
+    With `labels` [1, T] and `loss_mask` [1, T] too (as in a Microbatch: labels[t] is token t+1 of the same sequence), it
+    returns the same logits, and their backward also adds the gradient of
+
+        mtp_loss_scaling_factor / depth * sum over depths k, positions t of loss_mask * -log p_k(label of t + k)
+
+    which the optimizer step divides by the count that the main loss reports, its tokens to learn, as V3 does
+    (arXiv:2412.19437, eq. 24 and 25). Labels and mask never cross the sequences of `packed_seq_params`. `mtp_loss` is
+    then (that sum without the factor, the number of its tokens), detached, until the next forward.
+
+    MTP layers share the embedding and the output layer, so a loss of theirs trains those too.
+    """
+
+    mtp_loss: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def _postprocess(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor | None,
+        *,
+        loss_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        self.mtp_loss = None
+        if not self.post_process:
+            return hidden_states
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if self.mtp_process and labels is not None:
+            # [(1 + depth) * T / TP, 1, hidden]: the decoder's output, then each depth's
+            hidden_states = self.mtp(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                hidden_states=hidden_states,
+                attention_mask=attention_mask,
+                packed_seq_params=packed_seq_params,
+                embedding=self.embedding,
+            )
+            hidden_states, *deeper = hidden_states.chunk(1 + self.config.mtp_num_layers)
+            loss = self._mtp_loss(deeper, labels, loss_mask=loss_mask, weight=weight, packed_seq_params=packed_seq_params)
+            hidden_states = MTPLossAutoScaler.apply(hidden_states, self.config.mtp_loss_scaling_factor / len(deeper) * loss)
+        logits, _ = self.output_layer(hidden_states, weight=weight)
+        return logits.transpose(0, 1).contiguous()
+
+    def _mtp_loss(
+        self,
+        deeper: list[torch.Tensor],
+        labels: torch.Tensor,
+        *,
+        loss_mask: torch.Tensor,
+        weight: torch.Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> torch.Tensor:
+        """The sum of the losses of all depths."""
+        total, tokens = torch.zeros((), device=labels.device), torch.zeros((), device=labels.device)
+        group = self.pg_collection.cp
+        for hidden_states in deeper:
+            labels, _ = roll_tensor(labels, cp_group=group, packed_seq_params=packed_seq_params)
+            loss_mask, _ = roll_tensor(loss_mask, cp_group=group, packed_seq_params=packed_seq_params)
+            logits, _ = self.output_layer(hidden_states, weight=weight)
+            total = total + (loss_mask * self.compute_language_model_loss(labels, logits)).sum()
+            tokens = tokens + loss_mask.sum()
+        self.mtp_loss = (total.detach(), tokens)
+        return total
