@@ -1,92 +1,117 @@
-"""Several trainer ranks for tests: pools of real processes that stay up for the session and run functions by reference.
+"""Pools of rank processes that live as long as the test session, so that a test of many ranks need not start them.
 
-The pytest process itself never imports Megatron: its CUDA adaptations would leak into every other test.
+A test calls `run_ranks(4, function, *args)`; every rank runs `function(*args)` with torchrun's environment. The function
+must be importable and leave torch.distributed initialised or untouched. Megatron is imported in the ranks only: its CPU
+adaptations change torch.cuda, and pytest's own process must stay as it is.
 """
 
 from __future__ import annotations
 
 import atexit
-import multiprocessing as mp
 import os
+import pickle
 import socket
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+GRACE_SECONDS = 5  # for the other ranks to finish or fail too, once one has failed
 _pools: dict[int, Pool] = {}
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    while True:
-        try:
-            function, args = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send(("result", function(*args)))
-        except BaseException:  # whatever it is belongs to the test that asked
-            pipe.send(("error", traceback.format_exc()))
+class RankFailed(AssertionError):
+    """A rank raised, died or did not answer in time; the message has its traceback."""
 
 
-class Pool:
-    """`world_size` rank processes."""
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """What `function(*args)` returned on each of `world_size` ranks, in rank order.
 
-    def __init__(self, world_size: int) -> None:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        context = mp.get_context("spawn")
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.pipes, self.processes = [], []
-        for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self.pipes.append(ours)
-            self.processes.append(process)
-
-    def run(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
-        for pipe in self.pipes:
-            pipe.send((function, args))
-        answers: dict[int, Any] = {}
-        limit = time.monotonic() + timeout
-        while len(answers) < len(self.pipes):
-            missing = [p for r, p in enumerate(self.pipes) if r not in answers]
-            for pipe in wait(missing, max(0.0, limit - time.monotonic())) or [None]:
-                if pipe is None:
-                    raise TimeoutError(f"{function.__name__}: ranks {[self.pipes.index(p) for p in missing]} took over {timeout} s")
-                rank = self.pipes.index(pipe)
-                try:
-                    kind, value = pipe.recv()
-                except EOFError:
-                    raise RuntimeError(f"{function.__name__}: rank {rank} died, code {self.processes[rank].exitcode}") from None
-                if kind == "error":
-                    raise AssertionError(f"rank {rank}:\n{value}")
-                answers[rank] = value
-        return [answers[r] for r in range(len(self.pipes))]
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-
-
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """What `function(*args)` returns on each of `world_size` ranks. A failure ends the pool: the next call gets a fresh one."""
+    Raises RankFailed, and starts new processes for the next call, when a rank raises or `timeout` seconds pass.
+    """
     if world_size not in _pools:
         _pools[world_size] = Pool(world_size)
     try:
-        return _pools[world_size].run(function, args, timeout)
+        return _pools[world_size].run(function, args, timeout=timeout)
     except BaseException:
-        _pools.pop(world_size).close()
+        _pools.pop(world_size).kill()
         raise
 
 
+class Pool:
+    """`world_size` spawned processes, each with one pipe."""
+
+    def __init__(self, world_size: int) -> None:
+        context = get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.processes, self.pipes = [], []
+        for rank in range(world_size):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, {name: str(value) for name, value in environment.items()}))
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.pipes.append(ours)
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], *, timeout: float) -> list[Any]:
+        """See `run_ranks`."""
+        for pipe in self.pipes:
+            pipe.send_bytes(pickle.dumps((function, args)))
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) + len(failures) < len(self.pipes):
+            pending = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in results and rank not in failures}
+            ready = wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                self._receive(pipe, pending[pipe], results=results, failures=failures)
+            if failures:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if failures:
+            raise RankFailed("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
+        if len(results) < len(self.pipes):
+            raise RankFailed(f"{function.__name__}: no answer from ranks {sorted(pending.values())} in {timeout} seconds")
+        return [results[rank] for rank in range(len(self.pipes))]
+
+    def _receive(self, pipe: Connection, rank: int, *, results: dict[int, Any], failures: dict[int, str]) -> None:
+        try:
+            succeeded, value = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            self.processes[rank].join(GRACE_SECONDS)
+            succeeded, value = False, f"the process ended, exit code {self.processes[rank].exitcode}"
+        (results if succeeded else failures)[rank] = value
+
+    def kill(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def _serve(pipe: Connection, environment: dict[str, str]) -> None:
+    os.environ.update(environment, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # before the first import of torch
+    while True:
+        try:
+            task = pipe.recv_bytes()
+        except EOFError:  # pytest has ended
+            return
+        try:
+            function, args = pickle.loads(task)
+            answer = pickle.dumps((True, function(*args)))
+        except BaseException:  # whatever it was, the test must see it
+            answer = pickle.dumps((False, traceback.format_exc()))
+        pipe.send_bytes(answer)
+
+
 @atexit.register
-def close_all() -> None:
+def _end() -> None:
     for pool in _pools.values():
-        pool.close()
-    _pools.clear()
+        pool.kill()

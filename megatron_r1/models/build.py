@@ -31,8 +31,8 @@ from megatron.core.utils import init_method_normal
 from megatron_r1 import plugins
 from megatron_r1.mcore import cpu
 from megatron_r1.mcore.attention import PackedAttention
+from megatron_r1.mcore.gpt import PolicyModel
 from megatron_r1.mcore.norm import RMSNorm
-from megatron_r1.models.gpt import PolicyModel
 from megatron_r1.parallel import Parallel
 
 OWN_MODULES: dict[Any, type[torch.nn.Module]] = {WrappedTorchNorm: RMSNorm, DotProductAttention: PackedAttention}
