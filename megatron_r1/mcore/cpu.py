@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -183,7 +184,7 @@ OPTIMIZER_PATCHES = (
     Patch(
         "optimizer",
         "fused optimizers keep `step` in the param group; of torch's AdamW, a tensor a parameter, Megatron saves what it cannot load",
-        ("megatron.core.optimizer.Adam",),
+        ("megatron.core.optimizer.Adam", "megatron.core.optimizer.distrib_optimizer.Adam"),
         lambda _: AdamW,
     ),
     Patch(
@@ -216,6 +217,8 @@ def install() -> None:
     if _originals:
         return
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # dynamo recurses in the patched functions when Megatron compiles its fusions
+    for missing in ("Apex", "Transformer Engine"):
+        warnings.filterwarnings("ignore", message=f".*{missing}.* not installed")  # on every import of Megatron
     for patch in PATCHES:
         _originals[patch.name] = patch.apply()
 

@@ -63,6 +63,7 @@ def build(
         **_recompute(recompute),
         **_kernels(),
         params_dtype=dtype,
+        pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         moe_router_dtype="fp32",
         init_method=init_method_normal(std),
