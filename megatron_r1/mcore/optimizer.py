@@ -1,0 +1,95 @@
+"""Megatron's data-parallel wrapper, distributed optimizer and learning-rate schedule for the chunks of one policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a policy needs to know to be trained; the betas, weight decay and clipping are V3's."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    recompute: Literal["none", "selective", "full"] = "none"  # activation recompute, Megatron's granularity
+    train_mtp: bool = False  # SFT trains the MTP layer with the policy; RL leaves it out and as it is
+    mtp_loss_scale: float = 0.1
+    router_bias_update_rate: float = 0.0  # 0 freezes the routers' correction bias
+    lr: float = 3e-6
+    min_lr: float = 0.0
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = 0
+    lr_decay_steps: int | None = None  # from the first step; None is for "constant" only
+    weight_decay: float = 0.1  # not of vectors (norms, biases)
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0  # 0 = off
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it."""
+        return getattr(torch, self.dtype)
+
+    def __post_init__(self) -> None:
+        if self.lr_decay_steps is None and self.lr_decay_style != "constant":
+            raise ValueError(f"optimizer.lr_decay_style = {self.lr_decay_style!r}: needs optimizer.lr_decay_steps; set it to the run's steps")
+        if self.lr_decay_steps is not None and self.lr_warmup_steps >= self.lr_decay_steps:
+            raise ValueError(
+                f"optimizer.lr_warmup_steps = {self.lr_warmup_steps}: must be below optimizer.lr_decay_steps = {self.lr_decay_steps}; lower it"
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(f"optimizer.min_lr = {self.min_lr}: must not be above optimizer.lr = {self.lr}; lower it")
+
+
+def wrap(chunks: Sequence[torch.nn.Module]) -> list[DistributedDataParallel]:
+    """The model chunks with gradient buffers that are reduced in float32 over the data-parallel ranks."""
+    config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    return [DistributedDataParallel(chunk.config, config, chunk) for chunk in chunks]
+
+
+def make_optimizer(chunks: list[DistributedDataParallel], training: Training) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW, its state divided among the data-parallel ranks, and the schedule of its learning rate. Collective."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=training.lr,
+        min_lr=training.min_lr,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_eps=training.adam_eps,
+        clip_grad=training.clip_grad,
+        bf16=training.torch_dtype == torch.bfloat16,
+        params_dtype=training.torch_dtype,
+        use_distributed_optimizer=True,
+    )
+    optimizer = get_megatron_optimizer(config, chunks)
+    warmup = training.lr_warmup_steps
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=training.lr / (warmup + 1),  # Megatron counts steps from 0: from 0.0 the first step would change nothing
+        max_lr=training.lr,
+        min_lr=training.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=training.lr_decay_steps or warmup + 1,
+        lr_decay_style=training.lr_decay_style,
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
+
+
+def set_schedule(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, training: Training, step: int) -> None:
+    """Put the schedule at `step` and the settings of `training` in force, whatever the loaded param groups say."""
+    for group in optimizer.param_groups:
+        group.update(max_lr=training.lr, min_lr=training.min_lr, eps=training.adam_eps, betas=(training.adam_beta1, training.adam_beta2))
+    scheduler.num_steps = 0
+    scheduler.step(step)

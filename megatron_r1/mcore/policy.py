@@ -1,0 +1,222 @@
+"""The policy: a Megatron model on its layout, its log-probs, its optimizer step and its weights.
+
+Everything between the microbatches and the weights is Megatron's: model chunks, DDP, pipeline schedules, distributed
+optimizer. What is here is the forward step they call back, and the reduction of what the loss reports.
+All methods are collective: every rank calls them, in the same order, with its own data-parallel rank's microbatches.
+
+Legend: T packed tokens, V vocabulary shard of this rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_r1.mcore import cpu, reduction
+from megatron_r1.mcore.logprobs import token_logprobs
+from megatron_r1.mcore.optimizer import Training, make_optimizer, wrap
+from megatron_r1.mcore.reference import Reference
+from megatron_r1.models.build import build
+from megatron_r1.parallel import Parallel
+from megatron_r1.types import LossOutput, Microbatch
+from megatron_r1.weights import shard
+from megatron_r1.weights.hf import SafetensorsReader
+from megatron_r1.weights.random import RandomWeights
+
+Loss = Callable[[torch.Tensor, torch.Tensor, Microbatch], LossOutput]
+Finish = Callable[[Microbatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]
+
+
+class Policy:
+    """One policy on the ranks that `distributed.init` laid out; `load_hf`, `init_random` or a checkpoint gives it weights.
+
+    hf        the model's config.json
+    parallel  the layout that was given to `distributed.init`
+    """
+
+    def __init__(self, hf: dict[str, Any], parallel: Parallel, *, training: Training, seed: int) -> None:
+        self.hf, self.parallel, self.training, self.seed = hf, parallel, training, seed
+        chunks = build(
+            hf,
+            parallel,
+            dtype=training.torch_dtype,
+            recompute=training.recompute,
+            train_mtp=training.train_mtp,
+            mtp_loss_scale=training.mtp_loss_scale,
+            router_bias_update_rate=training.router_bias_update_rate,
+        )
+        self.chunks = wrap(chunks)
+        self.optimizer, self.scheduler = make_optimizer(self.chunks, training)
+        self.config = chunks[0].config  # one object, shared by all chunks
+        self.config.finalize_model_grads_func = self._finalize_grads
+        self.config.deallocate_pipeline_outputs = True
+        self.exporter = shard.Exporter(chunks, hf)
+        self.reference: Reference | None = None
+        self.step = 0  # optimizer steps done
+        self._expert_load: dict[str, float] = {}
+
+    @property
+    def version(self) -> int:
+        """Names the current weights: rollouts say which version they were sampled from."""
+        return self.step
+
+    @property
+    def reference_step(self) -> int | None:
+        """The optimizer step whose weights the reference has; None before there is one."""
+        return self.reference.step if self.reference else None
+
+    @property
+    def token_multiple(self) -> int:
+        """What the T of every microbatch must be a multiple of: sequence parallelism divides it."""
+        return self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+
+    @property
+    def count_multiple(self) -> int:
+        """What the number of microbatches of a call must be a multiple of: interleaved pipelines run them in such groups."""
+        return self.parallel.pipeline_model_parallel_size if self.parallel.virtual_pipeline_model_parallel_size else 1
+
+    def load_hf(self, folder: str | Path) -> None:
+        """Take the weights of a Hugging Face folder. Raises ValueError where they do not fit the model."""
+        self._load(SafetensorsReader(folder))
+
+    def init_random(self) -> None:
+        """Take random weights, the same for a seed in every layout."""
+        self._load(RandomWeights(self.hf, seed=self.seed))
+
+    def _load(self, reader: SafetensorsReader | RandomWeights) -> None:
+        shard.load(self.chunks, reader, self.hf)
+        self.optimizer.reload_model_params()  # the optimizer's float32 copies
+
+    def hf_weights(self) -> shard.Exporter:
+        """All weights as (Hugging Face name, whole tensor), on every rank; a collective to iterate, to the end."""
+        return self.exporter
+
+    def refresh_reference(self) -> None:
+        """The reference becomes the policy as it is now."""
+        self.reference = Reference(self.chunks, step=self.step)
+
+    def train_step(self, microbatches: list[Microbatch], loss: Loss, *, temperature: float = 1.0) -> dict[str, float]:
+        """One optimizer step on all microbatches of all data-parallel ranks, which all bring equally many.
+
+        The gradient is that of sum(loss_sum) / sum(count) over all of them. Returns the metrics of the loss, reduced
+        alike, with policy/grad_norm, policy/lr and moe/..., on every rank. Raises FloatingPointError, on every rank, for
+        a gradient that is not finite.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs: list[LossOutput] = []
+        self._run(microbatches, partial(self._loss, loss=loss, temperature=temperature, outputs=outputs), labels=self.training.train_mtp)
+        _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"optimizer step {self.step + 1}: the gradient's norm is {grad_norm}; the last checkpoint is the last good state")
+        metrics = {"policy/grad_norm": float(grad_norm), "policy/lr": self.optimizer.param_groups[0]["lr"], **self._expert_load}
+        self.scheduler.step(1)
+        self.step += 1
+        return reduction.over_stages({**metrics, **reduction.of_losses(outputs)})
+
+    @torch.no_grad()
+    def attach_logprobs(self, microbatches: list[Microbatch], which: Literal["old", "ref"], *, temperature: float = 1.0) -> None:
+        """Fill old_logprobs_T by the policy as it is now, or ref_logprobs_T by the reference, on every rank."""
+        if which == "old":
+            found = self._logprobs(microbatches, temperature)
+        else:
+            assert self.reference is not None, "refresh_reference() or a checkpoint must have set the reference"
+            with self.reference.in_place():
+                found = self._logprobs(microbatches, temperature)
+        for microbatch, logprobs_T in zip(microbatches, found, strict=True):
+            setattr(microbatch, f"{which}_logprobs_T", logprobs_T)
+
+    def _logprobs(self, microbatches: list[Microbatch], temperature: float) -> list[torch.Tensor]:
+        """The log-probs of each microbatch, from the last pipeline stage to all."""
+        found: list[torch.Tensor] = []
+        self._run(microbatches, partial(self._collect, temperature=temperature, found=found))
+        sizes = [m.tokens_T.numel() for m in microbatches]
+        everything = torch.cat(found) if found else torch.empty(sum(sizes), device=_device())
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        if pipeline.size() > 1:
+            dist.broadcast(everything, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
+        return list(everything.split(sizes))
+
+    def _run(self, microbatches: list[Microbatch], finish: Finish, *, labels: bool = False) -> None:
+        """Megatron's schedule over the microbatches: with backward where gradients are enabled, else forward only."""
+        count, multiple = len(microbatches), self.count_multiple
+        assert count and count % multiple == 0, f"{count=} microbatches, {multiple=}"
+        inputs = [(on_device(m), _packed(m)) for m in microbatches]
+        sizes = {m.tokens_T.numel() for m in microbatches}
+        self.config.variable_seq_lengths = len(sizes) > 1  # else stages need not tell each other the shape
+        iterators = [iter(inputs) for _ in self.chunks]
+        get_forward_backward_func()(
+            forward_step_func=partial(self._forward, finish=finish, labels=labels),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks,
+            num_microbatches=count,
+            seq_length=max(sizes),
+            micro_batch_size=1,
+            forward_only=not torch.is_grad_enabled(),
+        )
+
+    def _forward(
+        self, inputs: Iterator[tuple[Microbatch, PackedSeqParams]], model: torch.nn.Module, *, finish: Finish, labels: bool
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]]:
+        """Megatron's forward step: one chunk's output for one microbatch, and what turns the last one's into the loss."""
+        microbatch, packed = next(inputs)
+        targets = {"labels": microbatch.labels_T[None], "loss_mask": microbatch.loss_mask_T[None]} if labels else {}
+        output = model(
+            input_ids=microbatch.tokens_T[None],
+            position_ids=microbatch.positions_T[None],
+            attention_mask=None,
+            packed_seq_params=packed,
+            **targets,
+        )
+        return output, partial(finish, microbatch)
+
+    def _loss(
+        self, microbatch: Microbatch, logits: torch.Tensor, *, loss: Loss, temperature: float, outputs: list[LossOutput]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+        logprobs_T, entropy_T = token_logprobs(logits, microbatch.labels_T, mask_T=microbatch.loss_mask_T, temperature=temperature)
+        output = loss(logprobs_T, entropy_T, microbatch)
+        outputs.append(output)
+        return output.loss_sum, torch.tensor(output.count, dtype=torch.int, device=logits.device), {}
+
+    def _collect(
+        self, microbatch: Microbatch, logits: torch.Tensor, *, temperature: float, found: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+        logprobs_T, _ = token_logprobs(logits, microbatch.labels_T, mask_T=microbatch.loss_mask_T, temperature=temperature)
+        found.append(logprobs_T)
+        return logits.new_zeros(()), torch.zeros((), dtype=torch.int, device=logits.device), {}
+
+    def _finalize_grads(self, chunks: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+        """Megatron's own, which also updates the routers' bias and then forgets how many tokens each expert had."""
+        self._expert_load = reduction.expert_load(self.chunks)
+        finalize_model_grads(chunks, *args, **kwargs)
+
+
+def on_device(microbatch: Microbatch) -> Microbatch:
+    """The microbatch with its tensors where the model is; itself on a CPU."""
+    if not cpu.has_cuda():
+        return microbatch
+    tensors = {f.name: getattr(microbatch, f.name) for f in dataclasses.fields(microbatch)}
+    moved = {name: value.to(_device(), non_blocking=True) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(microbatch, **moved)
+
+
+def _packed(microbatch: Microbatch) -> PackedSeqParams:
+    bounds = microbatch.cu_seqlens.to(_device())
+    longest = int(microbatch.cu_seqlens.diff().max())
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if cpu.has_cuda() else torch.device("cpu")

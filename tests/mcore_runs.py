@@ -1,0 +1,92 @@
+"""What the tests of the policy and its checkpoints run on each rank: a small model, data of two kinds, a few steps."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.algorithms import grpo, sft
+from megatron_r1.packing import TokenSequence, pack, plan
+from megatron_r1.parallel import Parallel
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "models" / "tiny_v3" / "config.json"
+
+
+def model(**changes: Any) -> dict[str, Any]:
+    """tiny_v3 made smaller where that changes nothing."""
+    return json.loads(CONFIG.read_text()) | {"hidden_size": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 16, "initializer_range": 0.1} | changes
+
+
+def sequences(count: int, *, seed: int, vocab: int = 320) -> list[TokenSequence]:
+    """Prompts and completions of mixed lengths with an advantage each."""
+    rng = random.Random(seed)
+    made = []
+    for _ in range(count):
+        prompt, completion = rng.randint(2, 9), rng.randint(1, 24)
+        made.append(
+            TokenSequence(
+                ids=[rng.randrange(vocab) for _ in range(prompt + completion)],
+                learned=[0] * prompt + [1] * completion,
+                advantage=rng.uniform(-1.5, 1.5),
+                sampler_logprobs=[0.0] * prompt + [-rng.uniform(2.0, 8.0) for _ in range(completion)],
+            )
+        )
+    return made
+
+
+class Run:
+    """A policy on one layout with what it trains on; use as a context, which lays out the ranks and forgets them."""
+
+    def __init__(self, parallel: Parallel, *, hf: dict[str, Any] | None = None, **training: Any) -> None:
+        self.parallel, self.hf = parallel, hf or model()
+        self.training = {"lr": 1e-3, "lr_warmup_steps": 1, **training}
+
+    def __enter__(self) -> Run:
+        from megatron_r1.mcore import distributed
+        from megatron_r1.mcore.policy import Policy, Training
+
+        distributed.init(self.parallel, seed=1)
+        self.policy = Policy(self.hf, self.parallel, training=Training(**self.training), seed=1)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        from megatron_r1.mcore import distributed
+
+        distributed.forget_layout()
+
+    def batches(self, made: list[TokenSequence], *, chunk_tokens: int = 512) -> list[Any]:
+        """This rank's microbatches."""
+        from megatron_r1.mcore import distributed
+
+        chunks = plan(
+            [len(s.ids) for s in made], chunk_tokens=chunk_tokens, num_groups=distributed.dp_size(), count_multiple=self.policy.count_multiple
+        )
+        return pack(made, chunks[distributed.dp_rank()], multiple=self.policy.token_multiple)
+
+    def grpo_step(self, number: int, *, chunk_tokens: int = 512, count: int = 24) -> dict[str, float]:
+        """Old and reference log-probs, then one optimizer step on data that depend on `number` only."""
+        batches = self.batches(sequences(count, seed=number), chunk_tokens=chunk_tokens)
+        self.policy.attach_logprobs(batches, "old", temperature=0.9)
+        self.policy.attach_logprobs(batches, "ref", temperature=0.9)
+        options = grpo.Options(kl_coefficient=0.1, clip_epsilon=0.2, old_logprobs="sampler")
+        return self.policy.train_step(batches, partial(grpo.loss, options=options), temperature=0.9)
+
+    def sft_step(self, number: int, *, chunk_tokens: int = 512, count: int = 24) -> dict[str, float]:
+        """One optimizer step of SFT."""
+        return self.policy.train_step(self.batches(sequences(count, seed=number), chunk_tokens=chunk_tokens), sft.loss)
+
+    def weights(self) -> dict[str, Any]:
+        """All weights by Hugging Face name, as arrays that a pipe can carry."""
+        return {name: tensor.float().numpy().copy() for name, tensor in self.policy.hf_weights()}
+
+
+def grpo_run(parallel: Parallel, chunk_tokens: int = 512, steps: int = 3, training: dict[str, Any] | None = None) -> tuple[list[dict], dict]:
+    """Metrics of each step and the weights after the last."""
+    with Run(parallel, **(training or {})) as run:
+        run.policy.init_random()
+        run.policy.refresh_reference()
+        metrics = [run.grpo_step(number, chunk_tokens=chunk_tokens) for number in range(steps)]
+        return metrics, run.weights()
