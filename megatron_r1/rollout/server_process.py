@@ -151,7 +151,7 @@ class ServerProcess:
                 return seconds
             if seconds > limit_seconds:
                 raise ValueError(
-                    f"{self.url}: the vLLM server is not ready after {limit_seconds:.0f} s "
+                    f"{self.url}: the vLLM server is not ready after {limit_seconds:g} s "
                     f"(rollout.start_timeout_seconds: raise it); {self.last_words()}"
                 )
             time.sleep(POLL_SECONDS)

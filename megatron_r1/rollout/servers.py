@@ -62,7 +62,7 @@ class Servers:
                 reply = await self.client.request(method, url + path, json=body)
         except TimeoutError as error:
             hint = "raise rollout.request_timeout_seconds or look at the server's log"
-            raise EngineError(f"{url}{path}: no answer within {limit:.0f} s; {hint}") from error
+            raise EngineError(f"{url}{path}: no answer within {limit:g} s; {hint}") from error
         except httpx.TransportError as error:
             raise ServerDown(f"{url}: the server is gone ({type(error).__name__} at {path}); see its log") from error
         if reply.status_code >= 500 and path != "/health" and not await self.healthy(url):
@@ -105,7 +105,7 @@ class Servers:
             self.submit(bounded()).result()
         except TimeoutError as error:
             hint = "raise rollout.start_timeout_seconds or look at the server's log"
-            raise EngineError(f"{', '.join(missing)}: not ready after {limit_seconds:.0f} s; {hint}") from error
+            raise EngineError(f"{', '.join(missing)}: not ready after {limit_seconds:g} s; {hint}") from error
 
     def close(self) -> None:
         """End the thread and what it still waits for."""

@@ -87,10 +87,13 @@ class GlooWeightTransferEngine(CheckpointEngine):
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
         mine = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
-        limit = init_info.limit_seconds
-        store = wire.rendezvous(init_info.host, init_info.port, is_master=False, limit_seconds=limit)
-        rank = init_info.rank_offset + mine
-        self.group = wire.gloo_group(store, rank=rank, world_size=init_info.world_size, limit_seconds=limit)
+        self.group = wire.join(
+            init_info.host,
+            init_info.port,
+            rank=init_info.rank_offset + mine,
+            world_size=init_info.world_size,
+            limit_seconds=init_info.limit_seconds,
+        )
 
     def tensors(self, update_info: GlooUpdate) -> Iterator[wire.Named]:
         return wire.receive(self.group, update_info.names, dtypes=update_info.dtypes, shapes=update_info.shapes)

@@ -198,6 +198,7 @@ def generate_body(request: Request, sampling: SamplingParams) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "max_tokens": sampling.max_tokens,
         "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": True,  # config.json's own is no stop unless it is among these
         "seed": request.seed,
         "logprobs": 0,  # of the sampled token alone
         "detokenize": False,

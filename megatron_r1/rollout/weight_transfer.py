@@ -9,13 +9,13 @@ from __future__ import annotations
 import base64
 import pickle
 import socket
-import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 from urllib.parse import urlparse
 
 import torch
@@ -25,7 +25,8 @@ from megatron_r1.rollout import wire
 from megatron_r1.rollout.engine import EngineError
 from megatron_r1.rollout.servers import Servers
 
-T = TypeVar("T")
+BUCKET_SECONDS = 60.0  # for one bucket to reach all workers
+POLL_SECONDS = 0.001
 
 
 class Sender(Protocol):
@@ -66,23 +67,18 @@ def rank_offsets(world_sizes: Sequence[int]) -> list[int]:
     return [1 + n for n in accumulate(world_sizes, initial=0)][:-1]
 
 
-def together(theirs: Future[Any], work: Callable[[], T]) -> T:
-    """Do our half of an exchange while the servers do theirs; a failure of either ends the wait for both."""
-    ours: Future[T] = Future()
+def watch(theirs: Future[Any], ours: Callable[[], bool], limit_seconds: float) -> None:
+    """Wait until our half of an exchange is done; a server that fails its half ends the wait at once.
 
-    def run() -> None:
-        try:
-            ours.set_result(work())
-        except RuntimeError as error:  # what torch.distributed raises
-            ours.set_exception(EngineError(f"weight transfer: {' '.join(str(error).split())[:300]}"))
-
-    threading.Thread(target=run, name="weight-transfer", daemon=True).start()
-    wait([theirs, ours], return_when=FIRST_EXCEPTION)
-    if ours.done() and ours.exception():
-        wait([theirs], timeout=1.0)  # a dead server breaks the group too; its own message says more
-    if theirs.done():
-        theirs.result()
-    return ours.result()
+    Nothing here blocks inside torch.distributed: a trainer that gives up must also be able to exit.
+    """
+    limit = time.monotonic() + limit_seconds
+    while not ours():
+        if theirs.done():
+            theirs.result()
+        if time.monotonic() > limit:
+            raise EngineError(f"weight transfer: no answer of the servers' workers within {limit_seconds:g} s; see the servers' logs")
+        time.sleep(POLL_SECONDS)
 
 
 class GlooSender:
@@ -90,23 +86,28 @@ class GlooSender:
 
     def __init__(self, servers: Servers) -> None:
         self.servers = servers
+        self.limit_seconds = min(BUCKET_SECONDS, servers.limit_seconds)
         self.group: Any = None
 
     def connect(self, world_sizes: Sequence[int]) -> None:
         self.close()
-        limit, world_size = self.servers.limit_seconds, 1 + sum(world_sizes)
+        limit, workers = self.limit_seconds, sum(world_sizes)
         host = local_address(self.servers)
-        self.store = wire.rendezvous(host, 0, is_master=True, limit_seconds=limit)
-        common = {"host": host, "port": self.store.port, "world_size": world_size, "limit_seconds": limit}
+        self.store = wire.listen(host, limit_seconds=limit)
+        common = {"host": host, "port": self.store.port, "world_size": 1 + workers, "limit_seconds": limit}
         bodies = [{"init_info": common | {"rank_offset": offset}} for offset in rank_offsets(world_sizes)]
         theirs = self.servers.all("/init_weight_transfer_engine", bodies)
-        self.group = together(theirs, lambda: wire.gloo_group(self.store, rank=0, world_size=world_size, limit_seconds=limit))
+        watch(theirs, lambda: wire.arrived(self.store) == workers, limit)
+        self.group = wire.gloo_group(self.store, rank=0, world_size=1 + workers, limit_seconds=limit)
+        theirs.result()
 
     def send(self, bucket: list[wire.Named]) -> None:
         flat = wire.pack(bucket)
         theirs = self.servers.all("/update_weights", [{"update_info": wire.describe(bucket)}] * len(self.servers.urls))
-        together(theirs, lambda: wire.broadcast(self.group, flat))
-        theirs.result()
+        work = wire.broadcast(self.group, flat)
+        watch(theirs, work.is_completed, self.limit_seconds)
+        theirs.result()  # says more than the group does when a server died
+        work.wait()
 
     def close(self) -> None:
         self.group = self.store = None

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 ALIGNMENT = 64  # bytes: a tensor is viewed in place, so it must start where its element type may
+ARRIVED = "arrived"  # key of the rendezvous
 Named = tuple[str, torch.Tensor]
 
 
@@ -56,23 +57,35 @@ def receive(group: dist.ProcessGroup, names: list[str], *, dtypes: list[str], sh
     types = [getattr(torch, name) for name in dtypes]
     sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, types, strict=True)]
     flat = torch.empty(sum(map(padded, sizes)), dtype=torch.uint8)
-    broadcast(group, flat)
+    broadcast(group, flat).wait()
     offset = 0
     for name, dtype, shape, size in zip(names, types, shapes, sizes, strict=True):
         yield name, flat[offset : offset + size].view(dtype).view(shape)
         offset += padded(size)
 
 
-def broadcast(group: dist.ProcessGroup, flat: torch.Tensor) -> None:
+def broadcast(group: dist.ProcessGroup, flat: torch.Tensor) -> dist.Work:
     """From rank 0, the trainer, to all workers of all servers."""
     options = dist.BroadcastOptions()
     options.rootRank = 0
-    group.broadcast([flat], options).wait()
+    return group.broadcast([flat], options)
 
 
-def rendezvous(host: str, port: int, *, is_master: bool, limit_seconds: float) -> dist.TCPStore:
-    """Where the group's ranks find each other. The trainer is the master; its port 0 takes a free one, in `.port`."""
-    return dist.TCPStore(host, port, is_master=is_master, timeout=timedelta(seconds=limit_seconds), wait_for_workers=False)
+def listen(host: str, *, limit_seconds: float) -> dist.TCPStore:
+    """The trainer's half of a rendezvous, on a free port that it takes (`.port`)."""
+    return dist.TCPStore(host, 0, is_master=True, timeout=timedelta(seconds=limit_seconds), wait_for_workers=False)
+
+
+def arrived(store: dist.TCPStore) -> int:
+    """How many workers are at the rendezvous."""
+    return store.add(ARRIVED, 0)
+
+
+def join(host: str, port: int, *, rank: int, world_size: int, limit_seconds: float) -> dist.ProcessGroup:
+    """A worker's half of the rendezvous, and its group."""
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=limit_seconds))
+    store.add(ARRIVED, 1)
+    return gloo_group(store, rank=rank, world_size=world_size, limit_seconds=limit_seconds)
 
 
 def gloo_group(store: dist.TCPStore, *, rank: int, world_size: int, limit_seconds: float) -> dist.ProcessGroup:

@@ -1,0 +1,44 @@
+"""One real vLLM server for the session; the tests that use it send it the weights they need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from servers import free_port, save, tiny_model
+from transformers import DeepseekV3ForCausalLM
+
+from megatron_r1.rollout.server_process import ServerProcess, server_command
+from megatron_r1.rollout.vllm_server import VLLMServers
+
+START_SECONDS = 180.0
+
+
+@dataclass
+class RealServer:
+    process: ServerProcess
+    engine: VLLMServers
+    old: DeepseekV3ForCausalLM  # two policies of the served shape
+    new: DeepseekV3ForCausalLM
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[RealServer]:
+    """A dummy-loaded tiny V3 behind `vllm serve`, and a client of it."""
+    folder = tmp_path_factory.mktemp("server")
+    old, new = tiny_model(1), tiny_model(2)
+    save(old, folder / "model")
+    port = free_port()
+    argv, env = server_command(
+        str(folder / "model"), port=port, dtype="float32", max_model_len=256, max_num_seqs=32, kv_cache_bytes=48 << 20
+    )
+    process = ServerProcess(argv, env, port=port, log_file=folder / "server.log")
+    process.start()
+    engine = VLLMServers([process.url], max_num_seqs=32, request_limit_seconds=60.0, start_limit_seconds=START_SECONDS)
+    try:
+        process.wait_ready(START_SECONDS)
+        yield RealServer(process, engine, old, new)
+    finally:
+        engine.close()
+        process.stop()

@@ -1,0 +1,260 @@
+"""The client against servers that misbehave: every failure is one line, in time, and no request is lost silently."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from servers import free_port
+
+from megatron_r1.rollout import wire
+from megatron_r1.rollout.engine import EngineError, EngineLost, Request, SamplingParams
+from megatron_r1.rollout.vllm_server import VLLMServers
+from megatron_r1.rollout.weight_transfer import make_sender, rank_offsets
+
+Answer = tuple[int, object]
+
+
+class Stub:
+    """An HTTP server that answers as `replies` say, by path, and keeps what it was asked."""
+
+    def __init__(self, **replies: Callable[[dict], Answer]) -> None:
+        self.asked: list[tuple[str, dict]] = []
+        self.version = "default"
+        self.replies = {"/inference/v1/generate": self.completions, "/weight_info": lambda _: (200, {"weight_version": self.version})}
+        self.replies |= {"/get_world_size": lambda _: (200, {"world_size": 1}), "/reset_prefix_cache": lambda _: (200, {"success": True})}
+        self.replies |= {"/" + path: reply for path, reply in replies.items()}
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+                stub.asked.append((self.path, body))
+                status, answer = stub.replies.get(self.path.partition("?")[0], lambda _: (200, {}))(body)
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(json.dumps(answer).encode())
+
+            do_GET = do_POST
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.handle_error = lambda *_: None  # a client that gave up closes its socket
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def completions(self, body: dict) -> Answer:
+        spans = [{"version": self.version, "start": 0, "end": 1}]
+        choice = {"token_ids": [5], "finish_reason": "length", "logprobs": {"content": [{"logprob": -1.0}]}, "weight_versions": spans}
+        return 200, {"choices": [choice | {"index": i} for i in range(body["sampling_params"]["n"])]}
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def stub() -> Iterator[Callable[..., Stub]]:
+    made: list[Stub] = []
+
+    def make(**replies: Callable[[dict], Answer]) -> Stub:
+        made.append(Stub(**replies))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def client() -> Iterator[Callable[..., VLLMServers]]:
+    made: list[VLLMServers] = []
+
+    def make(*urls: str, **settings) -> VLLMServers:
+        made.append(VLLMServers(urls, **{"request_limit_seconds": 5.0, "start_limit_seconds": 1.0, **settings}))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def ask(engine: VLLMServers, *, count: int = 6, n: int = 2) -> dict:
+    return dict(engine.generate([Request(i, [3, 4], seed=i) for i in range(count)], SamplingParams(max_tokens=1, n=n)))
+
+
+def dead_url() -> str:
+    return f"http://127.0.0.1:{free_port()}"
+
+
+def test_an_answer_that_takes_too_long_is_an_error_with_its_limit(stub, client):
+    slow = stub(**{"inference/v1/generate": lambda body: time.sleep(3.0) or (200, {})})
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"/inference/v1/generate: no answer within 0.4 s; raise rollout.request_timeout_seconds"):
+        ask(client(slow.url, request_limit_seconds=0.4))
+    assert time.monotonic() - started < 2.0
+
+
+def test_a_refusal_is_passed_on_in_one_line(stub, client):
+    refusing = stub(**{"inference/v1/generate": lambda body: (400, {"error": {"message": "prompt\nis too long"}})})
+    with pytest.raises(EngineError, match=r"/inference/v1/generate: HTTP 400: prompt is too long$"):
+        ask(client(refusing.url))
+
+
+def test_a_dead_engine_behind_a_live_server_counts_as_lost(stub, client):
+    broken = stub(**{"inference/v1/generate": lambda body: (500, {"error": "engine"}), "health": lambda body: (503, {})})
+    with pytest.raises(EngineLost, match="6 requests lost") as error:
+        ask(client(broken.url))
+    assert sorted(error.value.missing) == [0, 1, 2, 3, 4, 5]
+
+
+def test_an_error_of_a_live_engine_is_not_retried(stub, client):
+    broken = stub(**{"inference/v1/generate": lambda body: (500, {"error": "out of memory"})})
+    with pytest.raises(EngineError, match="HTTP 500: out of memory"):
+        ask(client(broken.url), count=1)
+    assert [path for path, _ in broken.asked].count("/inference/v1/generate") == 1
+
+
+def test_the_requests_of_a_dead_server_go_to_the_others(stub, client):
+    alive = stub()
+    alive.version = "3"
+    groups = ask(client(dead_url(), alive.url))
+    assert sorted(groups) == [0, 1, 2, 3, 4, 5]
+    assert {c.weight_version for group in groups.values() for c in group} == {3}
+
+
+def test_a_restarted_server_samples_nothing_until_it_has_weights(stub, client):
+    restarted = stub()
+    with pytest.raises(EngineLost, match="no server with the policy's weights is left"):
+        ask(client(restarted.url))
+    assert ask(client(restarted.url, own_weights=True))[0][0].weight_version == -1
+
+
+def test_requests_spread_over_servers_by_what_each_gets_done(stub, client):
+    def slowly(body: dict) -> Answer:
+        time.sleep(0.2)
+        return fast.completions(body)
+
+    fast, slow = stub(), stub(**{"inference/v1/generate": slowly})
+    fast.version = slow.version = "1"
+    assert len(ask(client(fast.url, slow.url, max_num_seqs=2), count=40)) == 40
+    assert len(fast.asked) > 3 * len(slow.asked) > 0
+    assert len(ask(client(fast.url, slow.url), count=2)) == 2
+    assert len(slow.asked) >= 2, "two requests go to two servers"
+
+
+def test_waiting_for_servers_ends_at_its_limit_and_names_the_missing(stub, client):
+    url = dead_url()
+    with pytest.raises(EngineError, match=rf"^{url}: not ready after 0.6 s; raise rollout.start_timeout_seconds"):
+        client(stub().url, url).wait_ready(0.6)
+
+
+def test_an_update_pauses_sends_names_the_version_drops_caches_and_resumes(stub, client, tmp_path):
+    sent: dict[str, torch.Tensor] = {}
+    server = stub(update_weights=lambda body: sent.update(load_file(tmp_path / body["update_info"]["file"])) or (200, {}))
+    engine = client(server.url, weight_transfer="file", transfer_folder=tmp_path)
+    fused = torch.arange(12.0).view(4, 3)
+    weights = {"a": fused[:2], "b": fused[2:], "c": torch.ones(3, dtype=torch.bfloat16)}
+    engine.update_weights(weights.items(), 7)
+    steps = [path for path, _ in server.asked if path not in ("/weight_info", "/health", "/get_world_size")]
+    assert steps[0] == "/init_weight_transfer_engine"
+    assert steps[1:] == [
+        "/pause?mode=wait", "/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/resume",
+    ]  # fmt: skip
+    assert ("/finish_weight_update", {"weight_version": "7"}) in server.asked
+    assert {name: t.tolist() for name, t in sent.items()} == {name: t.tolist() for name, t in weights.items()}
+    assert not list(tmp_path.iterdir())
+
+    server.version, server.asked = "7", []
+    engine.update_weights(weights.items(), 8)
+    assert "/init_weight_transfer_engine" not in [path for path, _ in server.asked], "the way is still open"
+    server.version, server.asked = "default", []
+    engine.update_weights(weights.items(), 9)
+    assert "/init_weight_transfer_engine" in [path for path, _ in server.asked], "the server was restarted"
+
+
+def test_an_update_that_fails_leaves_the_servers_paused(stub, client, tmp_path):
+    server = stub(update_weights=lambda body: (500, {"error": "no such layer"}))
+    with pytest.raises(EngineError, match="/update_weights: HTTP 500: no such layer"):
+        client(server.url, weight_transfer="file", transfer_folder=tmp_path).update_weights([("a", torch.ones(1))], 1)
+    assert "/resume" not in [path for path, _ in server.asked]
+
+
+def test_a_server_that_refuses_the_gloo_group_does_not_hold_the_trainer(stub, client):
+    server = stub(init_weight_transfer_engine=lambda body: (500, {"error": "gloo is not registered"}))
+    started = time.monotonic()
+    with pytest.raises(EngineError, match="gloo is not registered"):
+        client(server.url).update_weights([("a", torch.ones(1))], 1)
+    assert time.monotonic() - started < 3.0
+
+
+def test_a_cache_of_old_weights_that_stays_is_an_error(stub, client, tmp_path):
+    server = stub(reset_prefix_cache=lambda body: (200, {"success": False}))
+    with pytest.raises(EngineError, match="prefix cache of the old weights could not be dropped"):
+        client(server.url, weight_transfer="file", transfer_folder=tmp_path).update_weights([("a", torch.ones(1))], 1)
+
+
+def test_other_ranks_walk_through_the_export_and_send_nothing(stub, client):
+    server = stub()
+    walked = []
+    client(server.url, rank=1).update_weights((walked.append(i) or ("a", torch.ones(1)) for i in range(3)), 1)
+    assert (walked, server.asked) == ([0, 1, 2], [])
+
+
+def test_user_mistakes_are_named(stub, client):
+    with pytest.raises(ValueError, match=r"rollout.urls = \[\]"):
+        VLLMServers([])
+    with pytest.raises(ValueError, match=r"n = 64 completions: more than rollout\.max_num_seqs = 8"):
+        ask(client(stub().url, max_num_seqs=8), n=64)
+    with pytest.raises(ValueError, match=r"sampling.max_tokens = 0"):
+        SamplingParams(max_tokens=0)
+    with pytest.raises(ValueError, match="n = 1 for greedy sampling"):
+        SamplingParams(max_tokens=1, temperature=0.0, n=2)
+    with pytest.raises(ValueError, match="'nccl': needs CUDA"):
+        make_sender("nccl", None)
+    with pytest.raises(ValueError, match="'smoke': not a backend"):
+        make_sender("smoke", None)
+    with pytest.raises(ValueError, match="needs a folder"):
+        make_sender("file", None)
+
+
+def test_buckets_keep_order_and_limit():
+    weights = [(str(i), torch.zeros(size, dtype=torch.uint8)) for i, size in enumerate([64, 64, 100, 500, 10, 10])]
+    assert [[name for name, _ in bucket] for bucket in wire.buckets(weights, 192)] == [["0", "1"], ["2"], ["3"], ["4", "5"]]
+    assert rank_offsets([2, 1, 4]) == [1, 3, 4]
+
+
+def test_a_bucket_of_any_types_and_shapes_arrives_bit_by_bit():
+    bucket = [
+        ("odd", torch.arange(7, dtype=torch.bfloat16)),
+        ("slice", torch.randn(6, 8)[:, 2:5]),
+        ("scalar", torch.tensor(3.5, dtype=torch.float64)),
+        ("empty", torch.zeros(0, 4)),
+        ("fp8", torch.arange(5.0).to(torch.float8_e4m3fn)),
+    ]
+    store = dist.HashStore()
+
+    def rank(r: int) -> dict[str, torch.Tensor]:
+        group = dist.ProcessGroupGloo(store, r, 2)
+        if r == 0:
+            wire.broadcast(group, wire.pack(bucket)).wait()
+            return dict(bucket)
+        return dict(wire.receive(group, **wire.describe(bucket)))
+
+    with ThreadPoolExecutor(2) as ranks:
+        sent, found = ranks.map(rank, range(2))
+    assert list(found) == list(sent)
+    for name, tensor in sent.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert found[name].float().equal(tensor.float())
