@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_r1.weights.rules import rules
 
@@ -80,8 +82,9 @@ def write_model(hf: dict[str, Any], folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(hf))
 
 
-def packed_logits(folder: str, ids: list[torch.Tensor]) -> torch.Tensor:
-    """On one rank: Megatron's logits of the sequences packed into one row, [T, V]."""
+@contextmanager
+def megatron_model(folder: str, ids: list[torch.Tensor]) -> Iterator[tuple[torch.nn.Module, dict[str, Any]]]:
+    """On one rank: the model with the folder's weights, and the arguments that are the sequences packed into one row."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     from megatron_r1.mcore import distributed
@@ -92,16 +95,38 @@ def packed_logits(folder: str, ids: list[torch.Tensor]) -> torch.Tensor:
 
     hf = json.loads((Path(folder) / "config.json").read_text())
     distributed.init(Parallel(), seed=1)
-    [model] = build(hf, Parallel())
-    shard.load([model], SafetensorsReader(folder), hf)
-    bounds = torch.tensor([0, *(len(i) for i in ids)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    longest = max(len(i) for i in ids)
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
-    positions = torch.cat([torch.arange(len(i)) for i in ids])
-    with torch.no_grad():
-        logits = model(torch.cat(ids)[None], positions[None], None, packed_seq_params=packed)
-    distributed.forget_layout()
-    return logits[0]
+    try:
+        [model] = build(hf, Parallel(), mtp_loss_scale=0.5)
+        shard.load([model], SafetensorsReader(folder), hf)
+        bounds = torch.tensor([0, *(len(i) for i in ids)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        longest = max(len(i) for i in ids)
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+        positions = torch.cat([torch.arange(len(i)) for i in ids])[None]
+        yield model, {"input_ids": torch.cat(ids)[None], "position_ids": positions, "attention_mask": None, "packed_seq_params": packed}
+    finally:
+        distributed.forget_layout()
+
+
+def packed_logits(folder: str, ids: list[torch.Tensor]) -> torch.Tensor:
+    """On one rank: Megatron's logits of the packed sequences, [T, V]."""
+    with megatron_model(folder, ids) as (model, inputs), torch.no_grad():
+        return model(**inputs)[0]
+
+
+def mtp_loss(folder: str, ids: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On one rank: the MTP loss of the packed sequences, and the gradients that it alone gives."""
+    with megatron_model(folder, ids) as (model, inputs):
+        labels = torch.cat([i.roll(-1) for i in ids])[None]
+        mask = torch.cat([(torch.arange(len(i)) < len(i) - 1).float() for i in ids])[None]
+        logits = model(**inputs, labels=labels, loss_mask=mask)
+        with torch.no_grad():
+            assert torch.equal(model(**inputs), logits), "asking for the MTP loss must not change the logits"
+            assert model.mtp_loss is None
+            model(**inputs, labels=labels, loss_mask=mask)
+        (0 * logits.sum()).backward()
+        loss, tokens = model.mtp_loss
+        gradients = {"eh_proj": model.mtp.layers[0].eh_proj.weight.grad, "embedding": model.embedding.word_embeddings.weight.grad}
+        return {"loss": loss, "tokens": tokens, **gradients}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -122,3 +147,47 @@ def test_logits_equal_those_of_transformers(seed, tmp_path):
     assert scale > 1
     difference = (found - expected).abs().max()
     assert difference <= 1e-5 * scale, f"{difference=} {scale=} {hf=}"
+
+
+def reference_mtp_loss(folder: Path, ids: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same from transformers' modules: V3's equations 21 to 24, one sequence at a time."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
+
+    hf = json.loads((folder / "config.json").read_text())
+    depth, tensors = hf["num_hidden_layers"], load_file(folder / "model.safetensors")
+    main = AutoModelForCausalLM.from_pretrained(folder)
+    deeper = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=depth + 1)  # its last layer is that of MTP
+    norms = {name: DeepseekV3RMSNorm(hf["hidden_size"]) for name in ("enorm", "hnorm", "shared_head.norm")}
+    for name, norm in norms.items():
+        norm.weight.data = tensors[f"model.layers.{depth}.{name}.weight"]
+    eh_proj = tensors[f"model.layers.{depth}.eh_proj.weight"].requires_grad_()
+    total, tokens = torch.zeros(()), 0
+    for sequence in ids:
+        if len(sequence) < 3:
+            continue
+        hidden = main.model(sequence[None]).last_hidden_state[:, :-1]
+        embedded = main.model.embed_tokens(sequence[None, 1:])
+        x = torch.cat([norms["enorm"](embedded), norms["hnorm"](hidden)], dim=-1) @ eh_proj.T
+        rotation = deeper.model.rotary_emb(x, torch.arange(x.shape[1])[None])
+        x = deeper.model.layers[depth](x, attention_mask=None, position_embeddings=rotation)
+        logits = main.lm_head(norms["shared_head.norm"](x))[0]
+        total = total + torch.nn.functional.cross_entropy(logits[:-1], sequence[2:], reduction="sum")
+        tokens += len(sequence) - 2
+    (0.5 * total).backward()
+    return {
+        "loss": total.detach(),
+        "tokens": torch.tensor(tokens),
+        "eh_proj": eh_proj.grad,
+        "embedding": main.model.embed_tokens.weight.grad,
+    }
+
+
+def test_mtp_loss_stays_within_each_sequence_and_equals_v3s_formula(tmp_path):
+    hf = random_config(0) | {"num_nextn_predict_layers": 1, "tie_word_embeddings": False}
+    write_model(hf, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(hf["vocab_size"], (n,), generator=generator) for n in LENGTHS]
+    [found] = run_ranks(1, mtp_loss, str(tmp_path), ids)
+    for name, value in reference_mtp_loss(tmp_path, ids).items():
+        assert torch.allclose(found[name].float(), value.float(), rtol=1e-4, atol=1e-5 * float(value.abs().max())), name
