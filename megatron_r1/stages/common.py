@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_r1 import checks, data
 from megatron_r1.chat import Chat
@@ -53,7 +50,7 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
     distributed.init(parallel, seed=config.run.seed, timeout_minutes=config.parallel.timeout_minutes)
     stop = StopRequest()
     folder = Path(config.run.dir)
-    policy = Policy(hf, parallel, training=training(config, steps=steps, train_mtp=train_mtp))
+    policy = Policy(hf, parallel, training=training(config, steps=steps, train_mtp=train_mtp), seed=config.run.seed)
     if config.model.init == "weights":
         policy.load_hf(config.model.path)
     chat = Chat(config.model.path, chat_template=config.chat_template)
@@ -72,9 +69,9 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
 def training(config: StageConfig, *, steps: int, train_mtp: bool) -> Training:
     """The optimizer's and the model's training settings as the policy takes them."""
     o, m = config.optimizer, config.model
-    settings = o.model_dump(exclude={"lr_decay_steps"}) | m.model_dump(exclude={"path", "init", "dtype"})
+    settings = o.model_dump(exclude={"lr_decay_steps"}) | m.model_dump(exclude={"path", "init"})
     decay = o.lr_decay_steps or (None if o.lr_decay_style == "constant" else steps)
-    return Training(**settings, dtype=getattr(torch, m.dtype), lr_decay_steps=decay, train_mtp=train_mtp)
+    return Training(**settings, lr_decay_steps=decay, train_mtp=train_mtp)
 
 
 def load_problems(config: StageConfig) -> tuple[data.Dataset[Problem], list[Problem]]:
@@ -121,9 +118,9 @@ def roll_out(parts: Parts, problems: list[Problem], sampling: SamplingParams, *,
     with watch.phase("verify"):
         if parts.scorer is not None:
             parts.scorer.collect(samples)
-        shares = distributed.broadcast_in_model_parallel_group(distributed.gather_over_dp(samples))
+        samples = distributed.gather_from_leaders(samples)
     place = {problem.id: i for i, problem in enumerate(problems)}
-    return sorted(chain(*shares), key=lambda s: (place[s.problem.id], s.group_index))
+    return sorted(samples, key=lambda s: (place[s.problem.id], s.group_index))
 
 
 def packed(policy: Policy, sequences: list[TokenSequence], *, chunk_tokens: int) -> list[Microbatch]:
@@ -189,7 +186,7 @@ def close(parts: Parts) -> None:
     if parts.fleet is not None:
         parts.fleet.engine.close()
     parts.metrics.close()
-    distributed.leave()
+    distributed.shutdown()
 
 
 def say(text: str) -> None:
