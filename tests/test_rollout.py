@@ -126,6 +126,7 @@ def test_20_updates_do_not_grow_the_server(server):
     assert group_rss_mib(server.process.process.pid) - before < 16
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_the_middle_comes_back_and_loses_nothing(server):
     put(server, server.old, 60)
     long = {"max_tokens": 200, "n": 8}
