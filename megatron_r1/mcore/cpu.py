@@ -8,7 +8,6 @@ nothing breaks, so that none outlives its reason.
 from __future__ import annotations
 
 import contextlib
-import os
 import pkgutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo.config
 
 from megatron_r1.mcore.adamw import AdamW
 
@@ -124,12 +124,6 @@ TORCH_PATCHES = (
         lambda _: lambda *args: _Stream(),
     ),
     Patch(
-        "stream contexts",
-        "the copies of the dispatcher run under `with torch.cuda.stream(...)`",
-        ("torch.cuda.stream",),
-        lambda _: contextlib.nullcontext,
-    ),
-    Patch(
         "synchronize",
         "pipeline sends and receives end in torch.cuda.synchronize()",
         ("torch.cuda.synchronize",),
@@ -216,7 +210,7 @@ def install() -> None:
     """Adapt this process to a machine without CUDA; before the first import of Megatron. Safe to call again."""
     if _originals:
         return
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # dynamo recurses in the patched functions when Megatron compiles its fusions
+    torch._dynamo.config.disable = True  # Megatron compiles small functions: seconds, and a C++ compiler, for no gain here
     for missing in ("Apex", "Transformer Engine"):
         warnings.filterwarnings("ignore", message=f".*{missing}.* not installed")  # on every import of Megatron
     for patch in PATCHES:
