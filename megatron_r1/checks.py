@@ -18,7 +18,7 @@ def check(config: StageConfig) -> None:
     hf = check_model(config)
     check_layout(config, hf)
     check_data(config)
-    check_rollout(config)
+    check_rollout(config, hf)
     check_run_folder(config)
     if config.needs_rollouts:
         for name in config.rewards.weights:
@@ -94,9 +94,16 @@ def check_data(config: StageConfig) -> None:
         raise ValueError('data.conversations: required for SFT; a JSONL file of {"messages": [...]} lines')
 
 
-def check_rollout(config: StageConfig) -> None:
-    """The transfer backend exists on this device, and every url is one."""
-    r = config.rollout
+def check_rollout(config: StageConfig, hf: dict[str, Any]) -> None:
+    """The lengths fit the model, the transfer backend exists on this device, and every url is one."""
+    r, s = config.rollout, config.sampling
+    longest = max([s.max_tokens, *(tokens for _, tokens in s.max_tokens_schedule)])
+    limit = hf.get("max_position_embeddings", longest + r.max_prompt_tokens)
+    if config.needs_rollouts and longest + r.max_prompt_tokens > limit:
+        raise ValueError(
+            f"sampling.max_tokens + rollout.max_prompt_tokens = {longest} + {r.max_prompt_tokens}: "
+            f"more than the model's max_position_embeddings ({limit}); lower one of them"
+        )
     if r.weight_transfer in ("nccl", "ipc") and not has_gpu():
         raise ValueError(f'rollout.weight_transfer = {r.weight_transfer!r}: needs a GPU, and there is none; set "gloo" or "file"')
     for url in r.urls:

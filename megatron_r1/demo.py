@@ -27,7 +27,7 @@ def demo(overrides: list[str]) -> int:
     """Run both stages with the `run.*` overrides given; returns the exit code."""
     root, rest = run_folder(overrides)
     sft = load("sft", root, rest)
-    Path(root, "logs").mkdir(parents=True, exist_ok=True)
+    Path(root).mkdir(parents=True, exist_ok=True)
     write_cold_start(sft)
     started = time.time()
     with Servers(sft, Path(root, "logs")) as servers:  # they start while the first stage builds its model

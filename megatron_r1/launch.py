@@ -70,7 +70,7 @@ class Servers:
             self.restarts += 1
             if self.restarts > self.max_restarts:
                 raise ValueError(f"rollout.max_restarts = {self.max_restarts}: a vLLM server died once more; {process.last_words()}")
-            print(f"a vLLM server died (restart {self.restarts} of {self.max_restarts}): {process.url}", flush=True)
+            print(f"{process.url}: a vLLM server died, restart {self.restarts} of {self.max_restarts}; {process.last_words()}", flush=True)
             process.restart()
 
 
@@ -122,6 +122,7 @@ class Ranks:
 def run_ranks(stage: str, config: StageConfig, servers: Servers) -> int:
     """Run one stage to its end under supervision; returns its exit code (0 done or saved on request, 2 user's error)."""
     folder = Path(config.run.dir)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
     config_file = folder / f"{stage}.toml"
     config_file.write_text(dump(config))
     overrides = [f"rollout.urls={list(servers.urls)!r}".replace("'", '"')] if servers.urls else []
@@ -149,7 +150,5 @@ def run_ranks(stage: str, config: StageConfig, servers: Servers) -> int:
 
 def launch(stage: str, config: StageConfig) -> int:
     """Servers and ranks of one stage on this machine; returns the exit code."""
-    logs = Path(config.run.dir) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    with Servers(config, logs) as servers:
+    with Servers(config, Path(config.run.dir) / "logs") as servers:
         return run_ranks(stage, config, servers)

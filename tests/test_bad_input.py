@@ -29,6 +29,8 @@ problems = 4
 completions = 4
 minibatches = 2
 chunk_tokens = 512
+[rollout]
+max_prompt_tokens = 32
 [sampling]
 max_tokens = 32
 """
@@ -82,6 +84,7 @@ OVERRIDES = {
     "parallel.pipeline_model_parallel_size=8": ("pipeline_model_parallel_size", "8"),
     "parallel.world_size=3": ("world_size", "3"),
     "parallel.world_size=zwei": ("parallel.world_size", "zwei", "integer"),
+    "sampling.max_tokens=2048": ("sampling.max_tokens", "max_position_embeddings (2048)"),
     "sampling.top_p=1.5": ("sampling.top_p", "1.5", "less than or equal to 1"),
     "sampling.temperature=0": ("sampling.temperature", "greater than 0"),
     "nothing": ("'nothing'", "section.key=value"),

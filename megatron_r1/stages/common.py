@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_r1 import checks, data
 from megatron_r1.chat import Chat
@@ -33,6 +34,7 @@ class Parts:
     """The run's standing parts. `fleet` and `scorer` are None in a stage without rollouts."""
 
     folder: Path
+    lock: TextIO | None  # rank 0's, held while the run lasts
     policy: Policy
     chat: Chat
     metrics: Metrics
@@ -50,6 +52,7 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
     distributed.init(parallel, seed=config.run.seed, timeout_minutes=config.parallel.timeout_minutes)
     stop = StopRequest()
     folder = Path(config.run.dir)
+    lock = hold(folder) if distributed.rank() == 0 else None
     policy = Policy(hf, parallel, training=training(config, steps=steps, train_mtp=train_mtp), seed=config.run.seed)
     if config.model.init == "weights":
         policy.load_hf(config.model.path)
@@ -63,7 +66,18 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
         if distributed.is_model_parallel_leader():
             r = config.rewards
             scorer = Scorer(r.weights, workers=r.workers, timeout_seconds=r.timeout_seconds, options=r.options)
-    return Parts(folder, policy, chat, metrics, stop, fleet, scorer, problems, held_out)
+    return Parts(folder, lock, policy, chat, metrics, stop, fleet, scorer, problems, held_out)
+
+
+def hold(folder: Path) -> TextIO:
+    """Lock the run's folder against a second run; the lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"run.dir = {str(folder)!r}: another run is writing there; wait for its end or choose another folder") from None
+    return file
 
 
 def training(config: StageConfig, *, steps: int, train_mtp: bool) -> Training:

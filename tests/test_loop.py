@@ -1,0 +1,214 @@
+"""The whole loop, as a user starts it: `python -m megatron_r1 grpo`, real trainer ranks, a real vLLM server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_r1.launch import free_port
+from megatron_r1.rollout.server_process import ServerProcess, server_command
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "configs" / "models" / "tiny_v3"
+LIMIT = 240.0
+
+CONFIG = """
+steps = 6
+reference_refresh_steps = 4
+[run]
+dir = "{folder}/{name}"
+[model]
+path = "{model}"
+init = "random"
+[optimizer]
+lr = 1e-3
+[data]
+reasoning_gym = "chain_sum"
+size = 64
+held_out = 8
+[batch]
+problems = 4
+completions = 4
+minibatches = 2
+chunk_tokens = 512
+[rollout]
+urls = ["{url}"]
+max_prompt_tokens = 96
+[sampling]
+max_tokens = 24
+temperature = 0.9
+[evaluation]
+problems = 8
+[checkpoint]
+every = 2
+keep = 5
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> ServerProcess:
+    folder = tmp_path_factory.mktemp("server")
+    port = free_port()
+    argv, env = server_command(
+        str(TINY), port=port, dtype="float32", max_model_len=128, max_num_seqs=64, kv_cache_bytes=64 << 20, weight_transfer="gloo"
+    )
+    process = ServerProcess(argv, env, port=port, log_file=folder / "server.log")
+    process.start()
+    process.wait_ready(LIMIT)
+    yield process
+    process.stop()
+
+
+class Loop:
+    """Runs of one config in one folder."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder, self.url = folder, url
+
+    def start(self, name: str, *overrides: str) -> subprocess.Popen[str]:
+        file = self.folder / f"{name}.toml"
+        file.write_text(CONFIG.format(folder=self.folder, name=name, url=self.url, model=TINY))
+        argv = [sys.executable, "-m", "megatron_r1", "grpo", str(file), *overrides]
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def run(self, name: str, *overrides: str) -> tuple[int, str]:
+        process = self.start(name, *overrides)
+        out, _ = process.communicate(timeout=LIMIT)
+        return process.returncode, out
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        file = self.folder / name / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    def losses(self, name: str) -> dict[int, tuple[float, float]]:
+        """Of each optimizer step: the loss and the gradient norm."""
+        return {r["step"]: (r["policy/loss"], r["policy/grad_norm"]) for r in self.records(name) if "policy/loss" in r}
+
+
+@pytest.fixture(scope="module")
+def loop(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Loop:
+    return Loop(tmp_path_factory.mktemp("loop"), server.url)
+
+
+@pytest.fixture(scope="module")
+def unbroken(loop: Loop) -> dict[int, tuple[float, float]]:
+    """The losses of a run that nothing disturbed."""
+    code, out = loop.run("unbroken")
+    assert code == 0, out
+    return loop.losses("unbroken")
+
+
+def test_a_run_trains_evaluates_saves_and_exports(loop, unbroken):
+    assert sorted(unbroken) == [1, 2, 3, 4, 5, 6]
+    run = loop.folder / "unbroken"
+    last = loop.records("unbroken")[-1]
+    for name in ("reward/accuracy", "reward/format", "rollout/length_p95", "policy/kl", "policy/ratio_max_negative", "eval/pass@1"):
+        assert name in last, name
+    assert {"grpo.toml", "metrics.jsonl", "tensorboard", "logs", "checkpoints", "hf"} <= {p.name for p in run.iterdir()}
+    assert {p.name for p in TINY.iterdir()} <= {p.name for p in (run / "hf").iterdir()}
+
+
+def test_sampler_and_trainer_agree_on_the_log_probs_of_every_token(loop, unbroken):
+    gaps = [r["sync/logprob_gap_max"] for r in loop.records("unbroken") if "sync/logprob_gap_max" in r]
+    assert gaps
+    assert max(gaps) <= 1e-4
+
+
+def test_every_sync_is_checked_by_the_canary(loop, unbroken):
+    gaps = [r["sync/canary_gap"] for r in loop.records("unbroken") if "sync/canary_gap" in r]
+    assert len(gaps) == 3
+    assert max(gaps) <= 1e-4
+    assert max(gaps) > 0.0, "a gap of exactly 0 at every sync means that nothing was compared"
+
+
+def test_no_verifier_failed_and_kl_starts_at_zero(loop, unbroken):
+    records = loop.records("unbroken")
+    assert sum(r.get("reward/verifier_failures", 0.0) for r in records) == 0.0
+    assert records[0]["policy/kl"] == pytest.approx(0.0, abs=1e-6), "at the first step the policy is its own reference"
+    assert records[1]["policy/kl"] > 0.0
+
+
+def test_a_run_that_is_killed_goes_on_bitwise_equal(loop, unbroken):
+    process = loop.start("killed")
+    limit = time.monotonic() + LIMIT
+    while not (loop.folder / "killed/checkpoints/latest").exists() and time.monotonic() < limit:
+        time.sleep(0.1)
+    for rank in psutil.Process(process.pid).children():
+        rank.kill()
+    out, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 1, out
+    code, out = loop.run("killed")
+    assert code == 0, out
+    assert "resumed at step" in out, out
+    assert loop.losses("killed") == unbroken
+
+
+def test_sigusr1_saves_ends_with_code_0_and_the_run_goes_on(loop, unbroken):
+    process = loop.start("signalled")
+    limit = time.monotonic() + LIMIT
+    while not loop.losses("signalled") and time.monotonic() < limit:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, out
+    assert "ended on request" in out, out
+    code, out = loop.run("signalled")
+    assert code == 0, out
+    assert loop.losses("signalled") == unbroken
+
+
+def test_a_run_goes_on_at_another_layout_with_the_same_losses(loop, unbroken):
+    code, out = loop.run("moved", "steps=2")
+    assert code == 0, out
+    code, out = loop.run("moved", "parallel.world_size=2", "parallel.expert_model_parallel_size=2")
+    assert code == 0, out
+    found = loop.losses("moved")
+    assert sorted(found) == sorted(unbroken)
+    for step, (loss, norm) in unbroken.items():
+        assert found[step] == (pytest.approx(loss, rel=1e-3, abs=1e-5), pytest.approx(norm, rel=1e-3)), f"{step=}"
+
+
+def test_a_server_without_the_right_answers_stops_the_run(loop):
+    code, out = loop.run("canary", "rollout.canary_tolerance=1e-12")
+    assert code == 2, out
+    assert "canary_tolerance" in out.splitlines()[-1]
+
+
+def test_a_dead_address_is_one_clear_line(loop):
+    code, out = loop.run("dead", f'rollout.urls=["http://127.0.0.1:{free_port()}"]', "rollout.start_timeout_seconds=2.0")
+    assert code == 2, out
+    assert "http://127.0.0.1:" in out.splitlines()[-1]
+
+
+def test_two_runs_cannot_write_to_one_folder(loop):
+    first = loop.start("twice")
+    limit = time.monotonic() + LIMIT
+    while not loop.records("twice") and time.monotonic() < limit:
+        time.sleep(0.1)
+    code, out = loop.run("twice")
+    first.kill()
+    first.communicate()
+    assert code == 2, out
+    assert "run.dir" in out.splitlines()[-1]
+
+
+def test_a_checkpoint_of_another_model_is_refused(loop, unbroken, tmp_path):
+    shutil.copytree(loop.folder / "unbroken/checkpoints", loop.folder / "other/checkpoints")
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 32}))
+    code, out = loop.run("other", f"model.path={model}")
+    assert code == 2, out
+    assert "checkpoint" in out.splitlines()[-1]
