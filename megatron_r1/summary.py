@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_r1.metrics import Record, percentile
 from megatron_r1.types import Sample
 
@@ -24,16 +26,21 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
+def verified(samples: list[Sample]) -> list[float]:
+    """The rewards of the samples whose verifiers all answered; those of the others are NaN."""
+    return [s.reward for s in samples if not math.isnan(s.reward)]
+
+
 def reward_record(samples: list[Sample], *, solved_by: str = "accuracy") -> Record:
-    """reward/<component> means over what was verified, solved share, groups whose rewards are all equal, failures by verifier."""
-    record = {"reward/mean": mean([s.reward for s in samples])}
+    """reward/<component> means over what was verified, solved share, groups whose rewards are all equal, verifier failures."""
+    record = {"reward/mean": mean(verified(samples))}
     for name in sorted({name for s in samples for name in (*s.rewards, *s.failures)}):
         record[f"reward/{name}"] = mean([s.rewards[name] for s in samples if name in s.rewards])
     solved = [[s.rewards.get(solved_by, 0.0) >= 1.0 for s in group] for group in groups(samples)]
     record["reward/solved"] = share([flag for group in solved for flag in group])
     record["reward/all_0_groups"] = share([not any(group) for group in solved])
     record["reward/all_1_groups"] = share([all(group) for group in solved])
-    record["reward/equal_groups"] = share([len({s.reward for s in group}) == 1 for group in groups(samples)])
+    record["reward/equal_groups"] = share([len(set(verified(group))) <= 1 for group in groups(samples)])
     record["reward/verifier_failures"] = float(sum(len(s.failures) for s in samples))
     return record
 

@@ -56,6 +56,8 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
     policy = Policy(hf, parallel, training=training(config, steps=steps, train_mtp=train_mtp), seed=config.run.seed)
     if config.model.init == "weights":
         policy.load_hf(config.model.path)
+    else:
+        policy.init_random()
     chat = Chat(config.model.path, chat_template=config.chat_template)
     metrics = Metrics(folder if distributed.rank() == 0 else None, steps=steps, tensorboard=config.logging.tensorboard)
     fleet = scorer = problems = None

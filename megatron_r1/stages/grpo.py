@@ -55,7 +55,8 @@ def main(config: GRPOConfig) -> None:
         with watch.phase("logprobs"):
             minibatches = split(config, policy, samples)
             every = [microbatch for minibatch in minibatches for microbatch in minibatch]
-            policy.attach_logprobs(every, "old", temperature=temperature)
+            if options.old_logprobs == "trainer":
+                policy.attach_logprobs(every, "old", temperature=temperature)
             if options.kl_coefficient:
                 policy.attach_logprobs(every, "ref", temperature=temperature)
         with watch.phase("train"):

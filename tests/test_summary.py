@@ -1,0 +1,54 @@
+"""The figures of a rollout, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from megatron_r1.summary import completions_page, reward_record, rollout_record
+from megatron_r1.types import Problem, Sample
+
+
+def sample(problem: int, index: int, *, accuracy: float | None, length: int = 4, finish: str = "stop") -> Sample:
+    s = Sample(Problem(problem, f"p{problem}", "1"), index, [1, 2], [3] * length, [-1.0] * length, finish, weight_version=6, text="x")
+    if accuracy is None:
+        s.failures, s.reward = {"accuracy": "timed out"}, math.nan
+    else:
+        s.rewards, s.reward = {"accuracy": accuracy}, accuracy
+    return s
+
+
+SAMPLES = [
+    sample(0, 0, accuracy=1.0, length=2),
+    sample(0, 1, accuracy=0.0, length=4),
+    sample(1, 0, accuracy=0.0, length=6),
+    sample(1, 1, accuracy=0.0, length=8, finish="length"),
+    sample(2, 0, accuracy=1.0, length=2),
+    sample(2, 1, accuracy=None, length=2),
+]
+
+
+def test_rewards_count_what_was_verified_and_name_what_was_not():
+    r = reward_record(SAMPLES)
+    assert r["reward/mean"] == pytest.approx(2 / 5)
+    assert r["reward/accuracy"] == pytest.approx(2 / 5)
+    assert r["reward/verifier_failures"] == 1.0
+
+
+def test_groups_without_a_gradient_are_counted():
+    r = reward_record(SAMPLES)
+    assert r["reward/all_0_groups"] == pytest.approx(1 / 3)
+    assert r["reward/equal_groups"] == pytest.approx(2 / 3), "all wrong, and one verified sample alone"
+
+
+def test_lengths_truncation_and_staleness():
+    r = rollout_record(SAMPLES, version=8)
+    assert (r["rollout/length_mean"], r["rollout/length_max"], r["rollout/staleness_max"]) == (4.0, 8.0, 2.0)
+    assert r["rollout/truncated"] == pytest.approx(1 / 6)
+    assert r["rollout/length_correct"] == 2.0
+    assert r["rollout/length_wrong"] == 5.0
+
+
+def test_a_page_of_completions_shows_failures():
+    assert "accuracy FAILED: timed out" in completions_page(SAMPLES, 6)
