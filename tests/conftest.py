@@ -12,7 +12,7 @@ from transformers import DeepseekV3ForCausalLM
 from megatron_r1.rollout.server_process import ServerProcess, server_command
 from megatron_r1.rollout.vllm_server import VLLMServers
 
-START_SECONDS = 180.0
+START_SECONDS = 300.0  # 17 on an idle machine
 
 
 @dataclass
@@ -35,7 +35,7 @@ def server(tmp_path_factory) -> Iterator[RealServer]:
     )
     process = ServerProcess(argv, env, port=port, log_file=folder / "server.log")
     process.start()
-    engine = VLLMServers([process.url], max_num_seqs=32, request_limit_seconds=60.0, start_limit_seconds=START_SECONDS)
+    engine = VLLMServers([process.url], max_num_seqs=32, request_limit_seconds=120.0, start_limit_seconds=START_SECONDS)
     try:
         process.wait_ready(START_SECONDS)
         yield RealServer(process, engine, old, new)

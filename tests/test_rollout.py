@@ -91,7 +91,8 @@ def test_requests_in_flight_are_kept_through_an_update_and_count_as_the_old_vers
     groups: dict = {}
     thread = threading.Thread(target=lambda: groups.update(generate(server.engine, requests()[:1], max_tokens=200)))
     thread.start()
-    time.sleep(0.3)
+    for _ in range(3):  # the server takes requests in order: when these are done, the long one runs
+        generate(keeping, requests()[1:2], max_tokens=1, n=1)
     keeping.update_weights(checkpoint_weights(server.new), 21)
     thread.join(30)
     keeping.close()
@@ -142,7 +143,7 @@ def test_a_server_killed_in_the_middle_comes_back_and_loses_nothing(server):
     found = {}
     with pytest.raises(EngineLost, match="requests lost") as lost:
         found.update(server.engine.generate(requests(), SamplingParams(**long)))
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 20.0
     thread.join()
 
     server.process.restart()

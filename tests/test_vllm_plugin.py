@@ -31,7 +31,7 @@ def errors(tmp_path_factory) -> dict[str, dict[str, float]]:
     token_ids = torch.randint(3, 320, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     (folder / "expected.json").write_text(json.dumps({"token_ids": token_ids, "logprobs": logprobs(new, token_ids)}))
     env = {**os.environ, **CPU_ENV, "VLLM_PLUGINS": "none", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, SCRIPT, folder], env=env, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run([sys.executable, SCRIPT, folder], env=env, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
