@@ -31,7 +31,7 @@ CONSOLE: tuple[tuple[str, str], ...] = (
     ("policy/entropy", "H {:.3f}"),
     ("policy/kl", "KL {:.4f}"),
     ("policy/grad_norm", "|g| {:.3f}"),
-    ("policy/sampler_gap_max", "gap {:.1e}"),
+    ("sync/logprob_gap_max", "gap {:.0e}"),
     ("perf/tokens_per_second", "{:,.0f} tok/s"),
     ("time/step", "{:.1f} s"),
 )

@@ -1,0 +1,112 @@
+"""The collective view of the servers: who talks, what is sent again after a loss, and that seeds know nothing of layouts.
+
+A fake engine plays the servers here; tests/test_rollout.py and tests/test_loop.py use real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+
+from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, SamplingParams
+
+
+class FakeEngine:
+    """Answers with the request's seed as its only token; loses its servers in the calls numbered in `lose`."""
+
+    def __init__(self, lose: Sequence[int]) -> None:
+        self.lose, self.calls, self.updates, self.asked = lose, 0, [], []
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, list[Completion]]]:
+        self.calls += 1
+        self.asked.append([request.key for request in requests])
+        done = requests[:1] if self.calls in self.lose else requests
+        for request in reversed(done):
+            yield request.key, [Completion([request.seed % 997 + i], [-1.0], "stop", 3) for i in range(sampling.n)]
+        if self.calls in self.lose:
+            raise EngineLost("gone", missing=[request.key for request in requests[1:]])
+
+    def update_weights(self, weights: Iterable[Any], version: int) -> None:
+        assert list(weights) == ["w"]
+        self.updates.append(version)
+
+    def canary(self, token_ids: Sequence[int], logprobs: Sequence[float], *, tolerance: float) -> float:
+        assert len(logprobs) == len(token_ids) - 1
+        return 0.5
+
+
+class FakePolicy:
+    version, count_multiple = 3, 1
+
+    def hf_weights(self) -> Iterator[str]:
+        return iter(["w"])
+
+    def attach_logprobs(self, microbatches: list[Any], which: str, *, temperature: float) -> None:
+        for m in microbatches:
+            m.old_logprobs_T = m.loss_mask_T * -1.0
+
+
+def rollout_of(rank_that_loses: int, lose: Sequence[int], tensor: int) -> dict[str, Any]:
+    """On each rank: six problems over the data-parallel ranks, two completions each."""
+    from megatron_r1.mcore import distributed
+    from megatron_r1.packing import TokenSequence, pack
+    from megatron_r1.parallel import Parallel
+    from megatron_r1.rollout.fleet import Fleet
+    from megatron_r1.types import Problem
+
+    distributed.init(Parallel(tensor_model_parallel_size=tensor), seed=1)
+    try:
+        engine = FakeEngine(lose if distributed.rank() == rank_that_loses else ())
+        [canary] = pack([TokenSequence(ids=[5, 6, 7], learned=[1, 1, 1])], [[0]])
+        fleet = Fleet(engine, FakePolicy(), canary=canary, tolerance=1.0, seed=1)
+        problems = [(Problem(i, str(i), ""), [i, i]) for i in range(6)][distributed.dp_rank() :: distributed.dp_size()]
+        seen: list[int] = []
+        samples = fleet.generate(problems, SamplingParams(max_tokens=4, n=2), on_sample=lambda s: seen.append(s.problem.id))
+        everyone = distributed.gather_from_leaders(samples)
+        return {
+            "tokens": {(s.problem.id, s.group_index): s.completion_ids for s in everyone},
+            "own order": [(s.problem.id, s.group_index) for s in samples],
+            "seen": seen,
+            "updates": engine.updates,
+            "asked": engine.asked,
+        }
+    finally:
+        distributed.forget_layout()
+
+
+def test_every_rank_has_every_sample_and_only_leaders_sample():
+    first, second = run_ranks(2, rollout_of, 0, (), 2)
+    assert first["tokens"] == second["tokens"]
+    assert len(first["tokens"]) == 12
+    assert first["own order"] == sorted(first["own order"]), "the prompts' order, whatever order they finish in"
+    assert second["own order"] == second["asked"] == []
+
+
+def test_samples_do_not_depend_on_the_layout():
+    [alone] = run_ranks(1, rollout_of, 0, (), 1)
+    spread, _ = run_ranks(2, rollout_of, 0, (), 1)
+    assert spread["tokens"] == alone["tokens"]
+
+
+def test_a_lost_server_gets_the_weights_again_and_only_the_lost_requests():
+    first, second = run_ranks(2, rollout_of, 1, (1,), 1)
+    assert first["updates"] == [3, 3]
+    assert second["asked"] == [[0, 1, 2], [1, 2]]
+    assert first["asked"] == [[0, 1, 2]], "a rank that lost nothing samples nothing twice"
+    assert len(first["tokens"]) == 12
+    assert sorted(second["seen"]) == sorted([1, 1, 3, 3, 5, 5]), "each sample is verified once"
+
+
+def lose_for_ever() -> str:
+    with pytest.raises(EngineError) as error:
+        rollout_of(0, range(100), 1)
+    return str(error.value)
+
+
+def test_servers_that_are_lost_again_and_again_end_the_run_with_one_line():
+    [message] = run_ranks(1, lose_for_ever)
+    assert "servers were lost" in message
+    assert "logs" in message
