@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 
-class AdamW(torch.optim.AdamW):
+class AdamW(torch.optim.Optimizer):
     """Decoupled weight decay (Loshchilov and Hutter), one fused call a param group.
 
-    A subclass of torch's only because Megatron checks for it. `adam_w_mode` is there because Megatron passes it to fused optimizers; L2 decay is not offered.
+    `adam_w_mode` is there because Megatron passes it to fused optimizers; L2 decay is not offered.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class AdamW(torch.optim.AdamW):
         adam_w_mode: bool = True,
     ) -> None:
         assert adam_w_mode, f"{adam_w_mode=}"
-        torch.optim.Optimizer.__init__(self, params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

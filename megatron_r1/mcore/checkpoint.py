@@ -9,6 +9,7 @@ A folder is written under a temporary name and renamed, so that under its own na
 from __future__ import annotations
 
 import json
+import queue
 import random
 import shutil
 from dataclasses import asdict, replace
@@ -20,11 +21,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_r1.mcore.optimizer import set_schedule
 from megatron_r1.mcore.policy import Policy
 from megatron_r1.mcore.reference import Reference
 
@@ -37,6 +39,22 @@ CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_av
 NOT_THE_MODEL = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "max_position_embeddings"}
 
 Tree = dict[str, Any]
+
+
+def _write_here(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue) -> None:
+    """Megatron's writer without its processes: forked from one with gloo's threads they can hang for ever."""
+    written, pending = {}, queue.Queue()
+    for number, bucket in enumerate(buckets):
+        done: queue.Queue = queue.Queue()
+        pending.put(number)
+        FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, done, pending, True)
+        written[number] = done.get()[1]
+    failed = [result for result in written.values() if isinstance(result, Exception)]
+    results.put(failed[0] if failed else written)
+
+
+FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_here)
+filesystem_async._results_queue = queue.Queue()  # else the first save starts a process to hold one
 
 
 def save(policy: Policy, folder: str | Path, *, step: int, extra: Tree, keep: int) -> Path:
@@ -54,7 +72,8 @@ def save(policy: Policy, folder: str | Path, *, step: int, extra: Tree, keep: in
     strategy = FullyParallelSaveStrategyWrapper(
         TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), parallel_state.get_data_parallel_group(with_context_parallel=True)
     )
-    dist_checkpointing.save(_state(policy, loading=False), str(temporary), strategy, content_metadata=CONTENT)
+    state, _ = _state(policy, loading=False)
+    dist_checkpointing.save(state, str(temporary), strategy, content_metadata=dict(CONTENT))
     if dist.get_rank() == 0:
         about = {
             "hf": policy.hf,
@@ -106,20 +125,21 @@ def load(policy: Policy, path: str | Path) -> Tree:
     about = _about(policy, path)
     same_layout = about["layout"] == _layout(policy)
     policy.reference = None if about["reference_step"] is None else Reference(policy.chunks, step=about["reference_step"])
-    state = _state(policy, loading=True)
+    state, optimizer = _state(policy, loading=True)
     if not same_layout:
         del state["random"]
     tensors = _tensors(state["model"])  # before loading replaces what they are described by
     loaded = dist_checkpointing.load(state, str(path))
     for key, chunk in _named_chunks(policy):
         chunk.load_state_dict(loaded["model"][key])
-    policy.optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(policy, optimizer, moments=loaded["optimizer"], step=about["step"])
     if policy.reference:
         policy.reference.assign((tensors[key][name], value) for key, part in loaded["reference"].items() for name, value in part.items())
     if same_layout:
         _set_random_state(loaded["random"])
     policy.step = about["step"]
-    set_schedule(policy.optimizer, policy.scheduler, training=policy.training, step=policy.step)
+    policy.scheduler.num_steps = 0
+    policy.scheduler.step(policy.step)
     return about["extra"]
 
 
@@ -151,10 +171,16 @@ def _named_chunks(policy: Policy) -> list[tuple[str, torch.nn.Module]]:
     return [(f"model{i}", chunk.module) for i, chunk in enumerate(policy.chunks)]
 
 
-def _state(policy: Policy, *, loading: bool) -> Tree:
-    """What is saved, each tensor with its place in the whole."""
-    model = {key: chunk.sharded_state_dict(metadata=CONTENT) for key, chunk in _named_chunks(policy)}
-    state: Tree = {"model": model, "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=CONTENT)}
+def _state(policy: Policy, *, loading: bool) -> tuple[Tree, list[Tree]]:
+    """What is saved, each tensor with its place in the whole; and the states of the optimizer's parts that are not saved.
+
+    Those say nothing that the policy's settings and step do not, and there are more of them where experts are parallel.
+    """
+    content = dict(CONTENT)  # Megatron adds this layout's groups to it
+    model = {key: chunk.sharded_state_dict(metadata=content) for key, chunk in _named_chunks(policy)}
+    optimizer = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=content)
+    parts = [optimizer] if len(policy.optimizer.chained_optimizers) == 1 else [part for _, part in sorted(optimizer.items())]
+    state: Tree = {"model": model, "optimizer": {f"part{i}": part.pop("param_state") for i, part in enumerate(parts)}}
     if policy.reference:
         weights = policy.reference.by_tensor()
         state["reference"] = {
@@ -167,7 +193,15 @@ def _state(policy: Policy, *, loading: bool) -> Tree:
         }
     rank, ranks = dist.get_rank(), dist.get_world_size()
     state["random"] = ShardedObject("random", None if loading else _random_state(), (ranks,), (rank,), replica_id=0)
-    return state
+    return state, parts
+
+
+def _load_optimizer(policy: Policy, parts: list[Tree], *, moments: Tree, step: int) -> None:
+    for i, part in enumerate(parts):
+        part["param_state"] = moments[f"part{i}"]
+        for group in part["optimizer"]["param_groups"]:
+            group["step"] = step
+    policy.optimizer.load_state_dict(parts[0] if len(parts) == 1 else dict(enumerate(parts)))
 
 
 def _tensors(model: Tree) -> dict[str, dict[str, torch.Tensor]]:

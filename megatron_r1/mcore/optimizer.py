@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -51,7 +52,22 @@ class Training:
 def wrap(chunks: Sequence[torch.nn.Module]) -> list[DistributedDataParallel]:
     """The model chunks with gradient buffers that are reduced in float32 over the data-parallel ranks."""
     config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    return [DistributedDataParallel(chunk.config, config, chunk) for chunk in chunks]
+    wrapped = [DistributedDataParallel(chunk.config, config, chunk) for chunk in chunks]
+    for chunk in wrapped:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            _count_padding(buffer)
+    return wrapped
+
+
+def _count_padding(buffer: _ParamAndGradBuffer) -> None:
+    """Keep the optimizer's checkpoint whole where a buffer has several buckets, as with an embedding on two stages.
+
+    Megatron gathers the buckets without their padding at the end, but then looks parameters up by where they are in the
+    padded buffer: those after the first bucket would be saved shifted. With the padding counted, both agree.
+    """
+    for bucket in buffer.buckets:
+        bucket.numel_unpadded = bucket.grad_data.numel()
+    buffer.numel_unpadded = buffer.numel
 
 
 def make_optimizer(chunks: list[DistributedDataParallel], training: Training) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
@@ -70,6 +86,9 @@ def make_optimizer(chunks: list[DistributedDataParallel], training: Training) ->
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(config, chunks)
+    for part in optimizer.chained_optimizers:
+        if not part.is_stub_optimizer:
+            part.init_state_fn(part.optimizer, part.config)  # else there is nothing to save before the first step
     warmup = training.lr_warmup_steps
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -85,11 +104,3 @@ def make_optimizer(chunks: list[DistributedDataParallel], training: Training) ->
         wd_incr_style="constant",
     )
     return optimizer, scheduler
-
-
-def set_schedule(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, training: Training, step: int) -> None:
-    """Put the schedule at `step` and the settings of `training` in force, whatever the loaded param groups say."""
-    for group in optimizer.param_groups:
-        group.update(max_lr=training.lr, min_lr=training.min_lr, eps=training.adam_eps, betas=(training.adam_beta1, training.adam_beta2))
-    scheduler.num_steps = 0
-    scheduler.step(step)

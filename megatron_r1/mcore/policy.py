@@ -61,6 +61,9 @@ class Policy:
         self.config = chunks[0].config  # one object, shared by all chunks
         self.config.finalize_model_grads_func = self._finalize_grads
         self.config.deallocate_pipeline_outputs = True
+        if parallel.virtual_pipeline_model_parallel_size:
+            # in one batch of sends and receives two stages that are each other's next and previous mix their messages up
+            self.config.overlap_p2p_comm, self.config.batch_p2p_comm = True, False
         self.exporter = shard.Exporter(chunks, hf)
         self.reference: Reference | None = None
         self.step = 0  # optimizer steps done
