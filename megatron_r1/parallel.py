@@ -64,6 +64,11 @@ def _check_world(parallel: Parallel, world_size: int) -> None:
             f" pipeline_model_parallel_size = {stages} it needs parallel.world_size to be a multiple of"
             f" {expert * expert_tensor * stages}, not {world_size}; lower one of them"
         )
+    if expert == 1 and expert_tensor != tensor:
+        raise ValueError(
+            f"parallel.expert_tensor_parallel_size = {expert_tensor}: without expert parallelism Megatron reduces the gradients of"
+            f" experts like those of other layers; use tensor_model_parallel_size = {tensor} or raise expert_model_parallel_size"
+        )
 
 
 def _check_stages(parallel: Parallel, hf: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def train(hf: dict[str, Any], layout: dict[str, int]) -> None:
     try:
         distributed.init(Parallel(**layout), seed=1)
         check_random_numbers(get_cuda_rng_tracker())
-        chunks = wrap(build(hf, Parallel(**layout)))
+        chunks = wrap(build(hf, Parallel(**layout), recompute="selective"))
         optimizer, _ = make_optimizer(chunks, Training())
         get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -57,7 +57,7 @@ def train(hf: dict[str, Any], layout: dict[str, int]) -> None:
             assert all(group["step"] == 1 for group in part["optimizer"]["param_groups"])
         optimizer.load_state_dict(state)
     finally:
-        distributed.forget_layout()
+        distributed.shutdown()
 
 
 def check_random_numbers(tracker: Any) -> None:

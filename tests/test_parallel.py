@@ -18,6 +18,7 @@ BAD = [
     (3, {"tensor_model_parallel_size": 2}, "parallel.world_size = 3"),
     (2, {"expert_model_parallel_size": 4}, "parallel.expert_model_parallel_size = 4"),
     (4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 4}, "parallel.expert_model_parallel_size = 4"),
+    (2, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, "parallel.expert_tensor_parallel_size = 1"),
     (2, {"expert_model_parallel_size": 0}, "parallel.expert_model_parallel_size = 0"),
     (8, {"tensor_model_parallel_size": 8}, "num_attention_heads = 4"),
     (16, {"expert_model_parallel_size": 16}, "n_routed_experts = 8"),

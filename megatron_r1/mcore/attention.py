@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -80,3 +81,30 @@ class PackedAttention(torch.nn.Module):
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)[batches.place_T, :, :width].flatten(1)
+
+
+class LatentAttention(MLASelfAttention):
+    """MLA for the local layers, whose down projections are whole on every tensor-parallel rank.
+
+    Megatron's divide them, and then lose gradient: all heads share the rotary part of the key, but each rank's part of
+    kv_down_proj gets back only what its own heads say. Transformer Engine's layers keep them whole too.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.q_lora_rank is not None:
+            self.linear_q_down_proj = WholeLinear(config, config.q_lora_rank)
+        self.linear_kv_down_proj = WholeLinear(config, config.kv_lora_rank + config.qk_pos_emb_head_dim)
+
+
+class WholeLinear(torch.nn.Linear):
+    """A linear layer that tensor parallelism does not divide: each rank applies it to its part of the sequence."""
+
+    def __init__(self, config: TransformerConfig, out_features: int) -> None:
+        super().__init__(config.hidden_size, out_features, bias=False, dtype=config.params_dtype)
+        config.init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # so Megatron sums the gradient over the ranks
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """[T / TP, 1, hidden] -> ([T / TP, 1, out_features], no bias), as Megatron's linear layers return it."""
+        return super().forward(hidden_states), None

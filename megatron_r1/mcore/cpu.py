@@ -173,6 +173,12 @@ MEGATRON_PATCHES = (
         ("megatron.core.transformer.moe.moe_utils.te_general_gemm",),
         lambda _: None,
     ),
+    Patch(
+        "recompute without Transformer Engine",
+        "CheckpointWithoutOutput takes fp8=False for FP8, and then calls Transformer Engine",
+        ("megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",),
+        lambda init: lambda self, fp8=False: init(self, fp8 or None),
+    ),
 )
 OPTIMIZER_PATCHES = (
     Patch(

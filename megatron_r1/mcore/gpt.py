@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, roll_tensor
 
 
@@ -31,6 +34,11 @@ class PolicyModel(GPTModel):
     """
 
     mtp_loss: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for layer in self.mtp.layers if self.mtp_process else ():
+            layer._checkpointed_forward = partial(_recomputed, layer._proj_and_transformer_layer)
 
     def _postprocess(
         self,
@@ -84,3 +92,14 @@ class PolicyModel(GPTModel):
             tokens = tokens + loss_mask.sum()
         self.mtp_loss = (total.detach(), tokens)
         return total
+
+
+def _recomputed(
+    forward: Callable[..., torch.Tensor], *_: Any, hidden_states: torch.Tensor, decoder_input: torch.Tensor, **rest: Any
+) -> Any:
+    """An MTP layer's full recompute. Megatron 0.16's own passes the packing to autograd, which takes only tensors."""
+
+    def run(hidden_states: torch.Tensor, decoder_input: torch.Tensor) -> torch.Tensor:
+        return forward(hidden_states=hidden_states, decoder_input=decoder_input, **rest)
+
+    return checkpoint(run, False, hidden_states, decoder_input)

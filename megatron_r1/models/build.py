@@ -23,6 +23,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -30,12 +31,16 @@ from megatron.core.utils import init_method_normal
 
 from megatron_r1 import plugins
 from megatron_r1.mcore import cpu
-from megatron_r1.mcore.attention import PackedAttention
+from megatron_r1.mcore.attention import LatentAttention, PackedAttention
 from megatron_r1.mcore.gpt import PolicyModel
 from megatron_r1.mcore.norm import RMSNorm
 from megatron_r1.parallel import Parallel
 
-OWN_MODULES: dict[Any, type[torch.nn.Module]] = {WrappedTorchNorm: RMSNorm, DotProductAttention: PackedAttention}
+OWN_MODULES: dict[Any, type[torch.nn.Module]] = {
+    WrappedTorchNorm: RMSNorm,
+    DotProductAttention: PackedAttention,
+    MLASelfAttention: LatentAttention,
+}
 
 
 def build(
@@ -93,7 +98,10 @@ def _layout(hf: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "pipeline_model_parallel_size": stages,
-        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": (interleaved := parallel.virtual_pipeline_model_parallel_size),
+        # two stages send each other two things at a time: batched, and without a group for each, one is taken for the other
+        "batch_p2p_comm": interleaved is None,
+        "overlap_p2p_comm": interleaved is not None,
         "num_layers_in_last_pipeline_stage": parallel.layers_on_last_stage(layers) if layers % stages else None,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_size,
@@ -158,7 +166,7 @@ def _moe_layer(config: TransformerConfig) -> ModuleSpec:
 
 
 def _with_own_modules(spec: Any) -> Any:
-    """A spec of Megatron's local layers, with our norm and attention in the place of Megatron's."""
+    """A spec of Megatron's local layers, with ours in the place of some of Megatron's modules."""
     if isinstance(spec, list):
         return [_with_own_modules(part) for part in spec]
     if is_dataclass(spec) and not isinstance(spec, type):
