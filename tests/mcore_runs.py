@@ -55,7 +55,7 @@ class Run:
     def __exit__(self, *exc: object) -> None:
         from megatron_r1.mcore import distributed
 
-        distributed.forget_layout()
+        distributed.shutdown()
 
     def batches(self, made: list[TokenSequence], *, chunk_tokens: int = 512) -> list[Any]:
         """This rank's microbatches."""

@@ -74,7 +74,7 @@ def rollout_of(rank_that_loses: int, lose: Sequence[int], tensor: int) -> dict[s
             "asked": engine.asked,
         }
     finally:
-        distributed.forget_layout()
+        distributed.shutdown()
 
 
 def test_every_rank_has_every_sample_and_only_leaders_sample():

@@ -104,7 +104,7 @@ def megatron_model(folder: str, ids: list[torch.Tensor]) -> Iterator[tuple[torch
         positions = torch.cat([torch.arange(len(i)) for i in ids])[None]
         yield model, {"input_ids": torch.cat(ids)[None], "position_ids": positions, "attention_mask": None, "packed_seq_params": packed}
     finally:
-        distributed.forget_layout()
+        distributed.shutdown()
 
 
 def packed_logits(folder: str, ids: list[torch.Tensor]) -> torch.Tensor:

@@ -258,7 +258,7 @@ def loaded_model(hf: dict[str, Any], layout: dict[str, int], folder: str, **opti
         shard.load(chunks, SafetensorsReader(folder), hf)
         yield chunks
     finally:
-        distributed.forget_layout()
+        distributed.shutdown()
 
 
 def there_and_back(hf: dict[str, Any], layout: dict[str, int], folder: str) -> list[str]:

@@ -14,17 +14,35 @@ from megatron_r1.mcore import cpu
 from megatron_r1.parallel import Parallel
 
 
+_meeting_point: tuple[dist.Store, int, int] | None = None  # store, rank, world size: one for the life of the process
+_layouts = 0
+
+
+def _join(*, timeout: timedelta) -> None:
+    """Make the group of all processes. Each layout gets a prefix of its own in the store, which outlives them."""
+    global _meeting_point, _layouts
+    if _meeting_point is None:
+        _meeting_point = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store, rank, world_size = _meeting_point
+    _layouts += 1
+    dist.init_process_group(
+        "nccl" if cpu.has_cuda() else "gloo",
+        store=dist.PrefixStore(f"layout{_layouts}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+
+
 def init(parallel: Parallel, seed: int, *, timeout_minutes: float = 30.0) -> None:
     """Join the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, then make Megatron's groups.
 
     NCCL with CUDA, gloo without. Random numbers start from `seed`: the same on all data-parallel ranks. After
-    `forget_layout()` it may be called again with other sizes.
+    `shutdown()` it may be called again with other sizes.
     """
-    gpu = cpu.has_cuda()
-    if gpu:
+    if cpu.has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    _join(timeout=timedelta(minutes=timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -39,14 +57,9 @@ def init(parallel: Parallel, seed: int, *, timeout_minutes: float = 30.0) -> Non
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
 
 
-def forget_layout() -> None:
-    """Undo Megatron's part of `init`; torch.distributed stays, for the next layout."""
-    parallel_state.destroy_model_parallel()
-
-
 def shutdown() -> None:
-    """Undo `init`, at the end of the process."""
-    forget_layout()
+    """Undo `init`: drop every group with its threads and sockets, of which a layout has hundreds."""
+    parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 
