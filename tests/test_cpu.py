@@ -12,7 +12,8 @@ from ranks import run_ranks
 
 PIPELINE = {"pipeline_model_parallel_size": 2}
 EXPERTS = {"expert_model_parallel_size": 2}
-PIPELINE_ONLY = ("moves to the device", "synchronize")  # all other patches are needed by any training
+PIPELINE_ONLY = ("moves to the device", "synchronize")
+UNEVEN = ("uneven all-gather",)  # all other patches are needed by any training
 
 
 def train(hf: dict[str, Any], layout: dict[str, int]) -> None:
@@ -71,6 +72,26 @@ def check_random_numbers(tracker: Any) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def exchange_uneven_parts() -> None:
+    """On a rank: what the dispatcher does under expert tensor parallelism, whose ranks have different numbers of tokens."""
+    import torch
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+    from megatron_r1.mcore import distributed
+    from megatron_r1.parallel import Parallel
+
+    try:
+        distributed.init(Parallel(tensor_model_parallel_size=2), seed=1)
+        rank, sizes = distributed.rank(), [2, 3]
+        part = torch.full((sizes[rank], 4), float(rank), requires_grad=True)
+        whole = gather_from_sequence_parallel_region(part, output_split_sizes=sizes)
+        assert whole[:, 0].tolist() == [0, 0, 1, 1, 1]
+        (whole * (rank + 1)).sum().backward()
+        assert part.grad.tolist() == [[3.0] * 4] * sizes[rank]  # of both ranks
+    finally:
+        distributed.shutdown()
+
+
 def outcomes(hf: dict[str, Any]) -> dict[str, str | None]:
     """On a rank: how training fails without each patch in turn; None where it does not."""
     import logging
@@ -82,12 +103,16 @@ def outcomes(hf: dict[str, Any]) -> dict[str, str | None]:
     for patch in cpu.PATCHES:
         with cpu.without(patch.name):
             try:
-                train(hf, PIPELINE if patch.name in PIPELINE_ONLY else EXPERTS)
+                if patch.name in UNEVEN:
+                    exchange_uneven_parts()
+                else:
+                    train(hf, PIPELINE if patch.name in PIPELINE_ONLY else EXPERTS)
                 found[patch.name] = None
             except Exception as error:  # each patch has a failure of its own
                 found[patch.name] = f"{type(error).__name__}: {error}"
     for layout in (PIPELINE, EXPERTS):
         train(hf, layout)  # with all patches in place again
+    exchange_uneven_parts()
     logging.disable(logging.NOTSET)
     return found
 

@@ -88,6 +88,21 @@ def _splits_as_lists(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
     return single
 
 
+def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    def gather(outputs: list[torch.Tensor], input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len({output.shape for output in outputs}) == 1:
+            return all_gather(outputs, input, *args, **kwargs)
+        padded = input.new_zeros(max(len(output) for output in outputs), *input.shape[1:])
+        padded[: len(input)] = input
+        received = [torch.empty_like(padded) for _ in outputs]
+        all_gather(received, padded, *args, **kwargs)
+        for output, value in zip(outputs, received, strict=True):
+            output.copy_(value[: len(output)])
+        return None
+
+    return gather
+
+
 def _set_rng_state(_: Any) -> Callable[..., None]:
     return lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
 
@@ -152,6 +167,12 @@ TORCH_PATCHES = (
         "the dispatcher passes split sizes as tensors or arrays; gloo takes lists",
         ("torch.distributed.all_to_all_single",),
         _splits_as_lists,
+    ),
+    Patch(
+        "uneven all-gather",
+        "expert tensor parallelism gathers parts of different length; gloo takes equal ones",
+        ("torch.distributed.all_gather",),
+        _uneven_all_gather,
     ),
 )
 MEGATRON_PATCHES = (
