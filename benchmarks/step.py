@@ -73,9 +73,7 @@ def bare_step(chunks: list[Any], optimizer: Any, batches: list[Any]) -> None:
     def forward_step(iterator: Any, model: Any) -> tuple[Any, Callable[[Any], Any]]:
         batch = next(iterator)
         bounds, longest = batch.cu_seqlens, TOKENS
-        packed = PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
-        )
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
         logits = model(batch.tokens_T[None], batch.positions_T[None], None, packed_seq_params=packed)
         return logits, partial(cross_entropy, batch)
 
@@ -137,7 +135,9 @@ def train_ratio() -> dict[str, float]:
     lines = [line.split() for line in ranks[0].communicate()[0].splitlines() if line.startswith("seconds ")]
     times = {name: [float(seconds) for _, kind, seconds in lines if kind == name] for name in ("ours", "bare")}
     ratios = [ours / bare for ours, bare in zip(times["ours"], times["bare"], strict=True)]
-    return {f"train_step/{name}": statistics.median(values) for name, values in times.items()} | {"train_step/ratio": statistics.median(ratios)}
+    return {f"train_step/{name}": statistics.median(values) for name, values in times.items()} | {
+        "train_step/ratio": statistics.median(ratios)
+    }
 
 
 if __name__ == "__main__":

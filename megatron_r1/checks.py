@@ -39,11 +39,12 @@ def check_model(config: StageConfig) -> dict[str, Any]:
     families = [name for name in plugins.names("models") if name != "build"]
     if family not in families:
         raise ValueError(f"{folder / 'config.json'}: model_type = {family!r} is not built here; known: {', '.join(families)}")
+    plugins.load("models", family).check(hf)
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"model.path = {config.model.path!r}: tokenizer_config.json is missing; copy the model's tokenizer there")
     weights = any(folder.glob("*.safetensors"))
     if config.model.init == "weights" and not weights:
-        raise ValueError(f"model.path = {config.model.path!r}: no *.safetensors there; convert the weights, or set model.init = \"random\"")
+        raise ValueError(f'model.path = {config.model.path!r}: no *.safetensors there; convert the weights, or set model.init = "random"')
     return hf
 
 

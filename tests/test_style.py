@@ -79,7 +79,11 @@ def test_functions_take_at_most_9_parameters_and_name_those_after_the_third():
             positional = [a for a in [*f.args.posonlyargs, *f.args.args] if a.arg not in ("self", "cls")]
             count = len(positional) + len(f.args.kwonlyargs)
             # autograd.Function and patched foreign functions keep the signature their caller dictates
-            foreign = f.name in ("forward", "backward", "_postprocess") or path.name in ("cpu.py", "vllm_plugin.py") or f.name.startswith("__exit")
+            foreign = (
+                f.name in ("forward", "backward", "_postprocess")
+                or path.name in ("cpu.py", "vllm_plugin.py")
+                or f.name.startswith("__exit")
+            )
             if count > 9 or (len(positional) > 3 and not foreign):
                 bad.append(f"{relative(path)}:{f.lineno} {f.name}: {count} parameters, {len(positional)} positional")
     assert not bad, "\n".join(bad)

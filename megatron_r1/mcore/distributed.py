@@ -13,7 +13,6 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_r1.mcore import cpu
 from megatron_r1.parallel import Parallel
 
-
 _meeting_point: tuple[dist.Store, int, int] | None = None  # store, rank, world size: one for the life of the process
 _layouts = 0
 
