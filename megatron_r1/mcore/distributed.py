@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from datetime import timedelta
 from typing import Any
@@ -59,6 +60,7 @@ def init(parallel: Parallel, seed: int, *, timeout_minutes: float = 30.0) -> Non
 def shutdown() -> None:
     """Undo `init`: drop every group with its threads and sockets, of which a layout has hundreds."""
     parallel_state.destroy_model_parallel()
+    gc.collect()  # models hold groups, in cycles
     dist.destroy_process_group()
 
 
