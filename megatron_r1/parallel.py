@@ -45,6 +45,9 @@ def check(parallel: Parallel, world_size: int, hf: dict[str, Any]) -> None:
     for name, value in vars(parallel).items():
         if value is not None and value < 1:
             raise ValueError(f"parallel.{name} = {value}: must be at least 1")
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "vocab_size"):
+        if not isinstance(hf.get(name), int):
+            raise ValueError(f"config.json: {name} = {hf.get(name)!r}: must be an integer; take it from the model's own config.json")
     _check_world(parallel, world_size)
     _check_stages(parallel, hf)
     _check_shapes(parallel, hf)

@@ -203,6 +203,7 @@ BAD_CONFIGS = [
     ({"model_type": None}, "model_type"),
     ({"model_type": "deepseek_v4"}, "deepseek_v4"),
     ({"hidden_size": None}, "hidden_size is missing"),
+    ({"n_group": None}, "n_group is missing"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ({"topk_method": "group_limited_greedy"}, "topk_method = 'group_limited_greedy'"),
     ({"scoring_func": "softmax"}, "scoring_func = 'softmax'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class PolicyModel(GPTModel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for layer in self.mtp.layers if self.mtp_process else ():
-            layer._checkpointed_forward = partial(_recomputed, layer._proj_and_transformer_layer)
+            if "forward_func" in signature(layer._checkpointed_forward).parameters:  # newer cores need no help
+                layer._checkpointed_forward = partial(_recomputed, layer._proj_and_transformer_layer)
 
     def _postprocess(
         self,

@@ -26,7 +26,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.utils import init_method_normal
 
 from megatron_r1 import plugins
@@ -62,8 +62,10 @@ def build(
     if "model_type" not in hf:
         raise ValueError("config.json: model_type is missing; it names the file in megatron_r1/models/")
     std = hf.get("initializer_range", 0.02)
-    config = plugins.load("models", hf["model_type"]).transformer_config(
-        hf,
+    arguments = plugins.load("models", hf["model_type"]).transformer_arguments(hf)
+    kind = MLATransformerConfig if arguments.get("multi_latent_attention") else TransformerConfig
+    config = kind(
+        **arguments,
         **_layout(hf, parallel),
         **_recompute(recompute),
         **_kernels(),
@@ -77,12 +79,7 @@ def build(
         moe_router_bias_update_rate=router_bias_update_rate,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,  # gradients are divided by the count that the loss reports, over all ranks
-        normalization="RMSNorm",
-        gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
     )
     stages = parallel.virtual_pipeline_model_parallel_size
     chunks = [_chunk(config, hf, vp_stage=stage) for stage in (range(stages) if stages else [None])]

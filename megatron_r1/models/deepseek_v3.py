@@ -1,14 +1,13 @@
-"""DeepSeek-V3: a Hugging Face config.json -> Megatron's configuration of the same model.
+"""DeepSeek-V3: a Hugging Face config.json -> the arguments of Megatron's configuration of the same model.
 
 Multi-head latent attention (MLA) with RoPE or YaRN, leading dense layers, then mixture-of-experts layers with a sigmoid
-router that limits each token to some groups of experts and chooses by a correction bias.
+router that limits each token to some groups of experts and chooses by a correction bias. Imports no Megatron, so that a
+config.json can be checked before a process starts.
 """
 
 from __future__ import annotations
 
 from typing import Any
-
-from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 # field -> (values that are built, where the first one is also the default; what to do about another one)
 SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -24,8 +23,9 @@ SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 REQUIRED = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "vocab_size"),
     *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "num_experts_per_tok"),
-    *("max_position_embeddings", "rms_norm_eps"),
+    *("first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor", "max_position_embeddings", "rms_norm_eps"),
 )
+NULLABLE = ("q_lora_rank", "n_shared_experts")  # null says that there are none; left out, transformers takes V3's own
 
 
 def check(hf: dict[str, Any]) -> None:
@@ -33,6 +33,9 @@ def check(hf: dict[str, Any]) -> None:
     for name in REQUIRED:
         if hf.get(name) is None:
             raise ValueError(f"config.json: {name} is missing; take it from the model's own config.json")
+    for name in NULLABLE:
+        if name not in hf:
+            raise ValueError(f"config.json: {name} is missing; take it from the model's own config.json, or set null for none")
     for name, (values, fix) in SUPPORTED.items():
         if hf.get(name, values[0]) not in values:
             raise ValueError(f"config.json: {name} = {hf[name]!r} is not built; use {values[0]!r}: {fix}")
@@ -45,7 +48,7 @@ def check(hf: dict[str, Any]) -> None:
 
 def _check_router(hf: dict[str, Any]) -> None:
     experts, chosen = hf["n_routed_experts"], hf["num_experts_per_tok"]
-    groups, chosen_groups = hf.get("n_group") or 1, hf.get("topk_group") or 1
+    groups, chosen_groups = hf["n_group"], hf["topk_group"]
     if experts % groups:
         raise ValueError(f"config.json: n_group = {groups}: does not divide n_routed_experts = {experts}; choose one that does")
     if not 1 <= chosen_groups <= groups:
@@ -101,36 +104,41 @@ def _rope(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def transformer_config(hf: dict[str, Any], **settings: Any) -> MLATransformerConfig:
-    """Megatron's configuration of `hf`; `settings` are what models/build.py decides for every family.
+def transformer_arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of MLATransformerConfig that say what the model is; models/build.py adds how it is trained.
 
     Raises ValueError as `check` does.
     """
     check(hf)
-    return MLATransformerConfig(
-        num_layers=hf["num_hidden_layers"],
-        hidden_size=hf["hidden_size"],
-        ffn_hidden_size=hf["intermediate_size"],
-        num_attention_heads=hf["num_attention_heads"],
-        q_lora_rank=hf.get("q_lora_rank"),
-        kv_lora_rank=hf["kv_lora_rank"],
-        qk_head_dim=hf["qk_nope_head_dim"],
-        qk_pos_emb_head_dim=hf["qk_rope_head_dim"],
-        v_head_dim=hf["v_head_dim"],
-        qk_layernorm=True,  # the norms of the two latents; without it they are left out
-        layernorm_epsilon=hf["rms_norm_eps"],
-        mtp_num_layers=hf.get("num_nextn_predict_layers") or None,
+    return {
+        "multi_latent_attention": True,
+        "num_layers": hf["num_hidden_layers"],
+        "hidden_size": hf["hidden_size"],
+        "ffn_hidden_size": hf["intermediate_size"],
+        "num_attention_heads": hf["num_attention_heads"],
+        "q_lora_rank": hf["q_lora_rank"],
+        "kv_lora_rank": hf["kv_lora_rank"],
+        "qk_head_dim": hf["qk_nope_head_dim"],
+        "qk_pos_emb_head_dim": hf["qk_rope_head_dim"],
+        "v_head_dim": hf["v_head_dim"],
+        "qk_layernorm": True,  # the norms of the two latents; without it they are left out
+        "layernorm_epsilon": hf["rms_norm_eps"],
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "mtp_num_layers": hf.get("num_nextn_predict_layers") or None,
         **_rope(hf),
         **_experts(hf),
-        **settings,
-    )
+    }
 
 
 def _experts(hf: dict[str, Any]) -> dict[str, Any]:
-    groups, chosen_groups = hf.get("n_group") or 1, hf.get("topk_group") or 1
+    groups, chosen_groups = hf["n_group"], hf["topk_group"]
     limited = chosen_groups < groups
-    shared = hf.get("n_shared_experts") or 0
-    dense, frequency = hf.get("first_k_dense_replace", 0), hf.get("moe_layer_freq", 1)
+    shared = hf["n_shared_experts"] or 0
+    dense, frequency = hf["first_k_dense_replace"], hf.get("moe_layer_freq", 1)
     return {
         "num_moe_experts": hf["n_routed_experts"],
         "moe_layer_freq": [int(i >= dense and i % frequency == 0) for i in range(hf["num_hidden_layers"])],
@@ -141,7 +149,7 @@ def _experts(hf: dict[str, Any]) -> dict[str, Any]:
         "moe_router_group_topk": chosen_groups if limited else None,
         "moe_router_score_function": "sigmoid",
         "moe_router_pre_softmax": True,
-        "moe_router_topk_scaling_factor": hf.get("routed_scaling_factor", 1.0),
+        "moe_router_topk_scaling_factor": hf["routed_scaling_factor"],
         "moe_router_enable_expert_bias": True,
         "moe_router_load_balancing_type": "none",  # balanced by the bias alone
     }
