@@ -59,11 +59,7 @@ class Policy:
         self.chunks = wrap(chunks)
         self.optimizer, self.scheduler = make_optimizer(self.chunks, training)
         self.config = chunks[0].config  # one object, shared by all chunks
-        self.config.finalize_model_grads_func = self._finalize_grads
         self.config.deallocate_pipeline_outputs = True
-        if parallel.virtual_pipeline_model_parallel_size:
-            # in one batch of sends and receives two stages that are each other's next and previous mix their messages up
-            self.config.overlap_p2p_comm, self.config.batch_p2p_comm = True, False
         self.exporter = shard.Exporter(chunks, hf)
         self.reference: Reference | None = None
         self.step = 0  # optimizer steps done
@@ -123,7 +119,7 @@ class Policy:
         self._run(microbatches, partial(self._loss, loss=loss, temperature=temperature, outputs=outputs), labels=self.training.train_mtp)
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"optimizer step {self.step + 1}: the gradient's norm is {grad_norm}; the last checkpoint is the last good state")
+            raise FloatingPointError(f"optimizer step {self.step + 1}: the gradient's norm is {grad_norm}; resume from the last checkpoint")
         metrics = {"policy/grad_norm": float(grad_norm), "policy/lr": self.optimizer.param_groups[0]["lr"], **self._expert_load}
         self.scheduler.step(1)
         self.step += 1
@@ -160,6 +156,7 @@ class Policy:
         sizes = {m.tokens_T.numel() for m in microbatches}
         self.config.variable_seq_lengths = len(sizes) > 1  # else stages need not tell each other the shape
         iterators = [iter(inputs) for _ in self.chunks]
+        self.config.finalize_model_grads_func = self._finalize_grads
         get_forward_backward_func()(
             forward_step_func=partial(self._forward, finish=finish, labels=labels),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -169,6 +166,7 @@ class Policy:
             micro_batch_size=1,
             forward_only=not torch.is_grad_enabled(),
         )
+        self.config.finalize_model_grads_func = None  # a cycle through backward hooks is never collected
 
     def _forward(
         self, inputs: Iterator[tuple[Microbatch, PackedSeqParams]], model: torch.nn.Module, *, finish: Finish, labels: bool
@@ -190,6 +188,9 @@ class Policy:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
         logprobs_T, entropy_T = token_logprobs(logits, microbatch.labels_T, mask_T=microbatch.loss_mask_T, temperature=temperature)
         output = loss(logprobs_T, entropy_T, microbatch)
+        if (mtp_loss := self.chunks[-1].module.mtp_loss) is not None:
+            value, tokens = torch.stack(mtp_loss).tolist()
+            output.sums["policy/mtp_loss"] = (value, tokens)
         outputs.append(output)
         return output.loss_sum, torch.tensor(output.count, dtype=torch.int, device=logits.device), {}
 
