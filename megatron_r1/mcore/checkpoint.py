@@ -36,13 +36,16 @@ PREFIX = "step-"
 TEMPORARY = ".writing-"
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 # fields of config.json that do not change what the weights mean
-NOT_THE_MODEL = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "max_position_embeddings"}
+NOT_THE_MODEL = frozenset(
+    ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "max_position_embeddings")
+)
 
 Tree = dict[str, Any]
 
 
-def _write_here(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue) -> None:
+def _write_here(transforms: list[Any], use_msc: bool, *job: Any) -> None:
     """Megatron's writer without its processes: forked from one with gloo's threads they can hang for ever."""
+    _rank, buckets, results = job
     written, pending = {}, queue.Queue()
     for number, bucket in enumerate(buckets):
         done: queue.Queue = queue.Queue()
@@ -104,7 +107,7 @@ def latest(folder: str | Path) -> Path | None:
         return None
     path = Path(folder) / pointer.read_text().strip()
     if not path.is_dir():
-        raise ValueError(f"{pointer}: names {path.name}, which is not there; write the name of one that is into it, or delete it to start anew")
+        raise ValueError(f"{pointer}: names {path.name}, which is not there; write one that is into it, or delete it to start anew")
     return path
 
 
@@ -155,7 +158,8 @@ def _about(policy: Policy, path: Path) -> Tree:
         saved, wanted = about["hf"].get(name), policy.hf.get(name)
         if saved != wanted:
             raise ValueError(
-                f"{path}: holds a model with {name} = {saved!r}, config.json has {wanted!r}; set checkpoint.resume = false or another run.dir"
+                f"{path}: holds a model with {name} = {saved!r}, config.json has {wanted!r};"
+                " set checkpoint.resume = false or another run.dir"
             )
     if about["train_mtp"] != policy.training.train_mtp:
         raise ValueError(f"{path}: is of another stage (MTP trained: {about['train_mtp']}); give this stage a run.dir of its own")

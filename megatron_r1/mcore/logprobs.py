@@ -13,7 +13,9 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 ENTROPY_ROWS = 1024  # rows at a time, so that the copies the entropy needs stay small beside the logits
 
 
-def token_logprobs(logits: torch.Tensor, labels_T: torch.Tensor, *, mask_T: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def token_logprobs(
+    logits: torch.Tensor, labels_T: torch.Tensor, *, mask_T: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each label and entropy of each distribution, float32 [T], both 0 where mask_T is 0.
 
     logits [1, T, V] as the last pipeline stage returns them. They are divided by the sampling temperature, so that the

@@ -39,12 +39,11 @@ class Training:
         return getattr(torch, self.dtype)
 
     def __post_init__(self) -> None:
-        if self.lr_decay_steps is None and self.lr_decay_style != "constant":
-            raise ValueError(f"optimizer.lr_decay_style = {self.lr_decay_style!r}: needs optimizer.lr_decay_steps; set it to the run's steps")
-        if self.lr_decay_steps is not None and self.lr_warmup_steps >= self.lr_decay_steps:
-            raise ValueError(
-                f"optimizer.lr_warmup_steps = {self.lr_warmup_steps}: must be below optimizer.lr_decay_steps = {self.lr_decay_steps}; lower it"
-            )
+        steps, warmup = self.lr_decay_steps, self.lr_warmup_steps
+        if steps is None and self.lr_decay_style != "constant":
+            raise ValueError(f"optimizer.lr_decay_style = {self.lr_decay_style!r}: needs optimizer.lr_decay_steps; set it")
+        if steps is not None and warmup >= steps:
+            raise ValueError(f"optimizer.lr_warmup_steps = {warmup}: must be below optimizer.lr_decay_steps = {steps}; lower it")
         if self.min_lr > self.lr:
             raise ValueError(f"optimizer.min_lr = {self.min_lr}: must not be above optimizer.lr = {self.lr}; lower it")
 
