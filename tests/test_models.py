@@ -84,7 +84,8 @@ def step_gradients(hf: dict[str, Any], layout: dict[str, int], folder: str, opti
             longest = int(batch.cu_seqlens.diff().max())
             packed = PackedSeqParams("thd", batch.cu_seqlens, batch.cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
             inputs = (batch.tokens_T[None], batch.positions_T[None], None)
-            logits = chunk(*inputs, packed_seq_params=packed, labels=batch.labels_T[None], loss_mask=batch.loss_mask_T[None])
+            targets = {"labels": batch.labels_T[None], "loss_mask": batch.loss_mask_T[None]} if options.get("train_mtp", True) else {}
+            logits = chunk(*inputs, packed_seq_params=packed, **targets)
 
             def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
                 logprobs_T, _ = token_logprobs(logits, batch.labels_T, mask_T=batch.loss_mask_T, temperature=1.0)
@@ -178,14 +179,18 @@ def test_bf16_is_near_fp32(one_rank):
     assert torch.nn.functional.cosine_similarity(gradients[name].flatten(), expected[name].flatten(), dim=0) > 0.9
 
 
-def test_frozen_mtp_gets_no_gradient_and_the_rest_stays(one_rank):
-    folder, (_, expected) = one_rank(model())
-    [(_, found)] = run_ranks(1, step_gradients, model(), {}, folder, {"train_mtp": False, "mtp_loss_scale": 0.0})
+@pytest.mark.parametrize("layout", ["DP2", "PP2"])
+def test_without_its_loss_mtp_is_frozen_and_the_rest_trains(layout, one_rank):
+    folder, (expected_loss, expected) = one_rank(model())
+    ranks, sizes = LAYOUTS[layout]
+    losses, gradients = zip(*run_ranks(ranks, step_gradients, model(), sizes, folder, {"train_mtp": False}), strict=True)
+    assert max(losses, key=abs) == pytest.approx(expected_loss, rel=1e-5)
     shared = ("embed_tokens.weight", "shared_head.head.weight", "e_score_correction_bias")  # with the model, or not a parameter
     own = [name for name in expected if name.startswith("model.layers.4.") and not name.endswith(shared)]
     assert own
-    assert all(not found[name].any() for name in own)
-    assert all(found[name].any() for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.down_proj.weight"))
+    assert not any(gradients[0][name].any() for name in own)
+    trained = [name for name in expected if name.startswith("model.layers.3.") and name.endswith("_proj.weight")]
+    assert all(gradients[0][name].any() for name in ("model.embed_tokens.weight", "lm_head.weight", *trained))
 
 
 @pytest.mark.parametrize(("rate", "moved"), [(0.0, False), (0.01, True)])
