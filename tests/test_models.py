@@ -214,6 +214,7 @@ BAD_CONFIGS = [
     ({"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
     ({"norm_topk_prob": False}, "norm_topk_prob = False"),
     ({"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}, "norm_topk_prob = True"),
+    ({"moe_layer_freq": 2}, "moe_layer_freq = 2"),
     ({"attention_bias": True}, "attention_bias = True"),
     ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers = 2"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),

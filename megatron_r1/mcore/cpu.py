@@ -62,9 +62,6 @@ class _Stream:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def record_event(self, *args: Any) -> _Stream:
-        return _Stream()
-
     def __getattr__(self, name: str) -> Callable[..., _Stream]:
         return lambda *args, **kwargs: _Stream()
 

@@ -14,6 +14,7 @@ SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu",), "experts are SwiGLU"),
     "scoring_func": (("sigmoid",), "V2's softmax router is another family"),
     "topk_method": (("noaux_tc",), "V2's routers are another family"),
+    "moe_layer_freq": ((1,), "V3 has experts in every layer after the dense ones"),
     "attention_bias": ((False,), "V3 has no biases in its linear layers"),
     "attention_dropout": ((0.0,), "V3 trains without dropout"),
     "rope_interleave": ((True,), "V3 rotates adjacent pairs"),
@@ -138,10 +139,9 @@ def _experts(hf: dict[str, Any]) -> dict[str, Any]:
     groups, chosen_groups = hf["n_group"], hf["topk_group"]
     limited = chosen_groups < groups
     shared = hf["n_shared_experts"] or 0
-    dense, frequency = hf["first_k_dense_replace"], hf.get("moe_layer_freq", 1)
     return {
         "num_moe_experts": hf["n_routed_experts"],
-        "moe_layer_freq": [int(i >= dense and i % frequency == 0) for i in range(hf["num_hidden_layers"])],
+        "moe_layer_freq": [int(i >= hf["first_k_dense_replace"]) for i in range(hf["num_hidden_layers"])],
         "moe_ffn_hidden_size": hf["moe_intermediate_size"],
         "moe_shared_expert_intermediate_size": shared * hf["moe_intermediate_size"] or None,
         "moe_router_topk": hf["num_experts_per_tok"],
