@@ -21,7 +21,7 @@ if [ ${#apt_packages[@]} -gt 0 ]; then
 fi
 
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+pip() { .venv/bin/python -m pip --disable-pip-version-check -qq "$@"; }
 
 say "torch 2.13.0, CPU build"
 if ! pip install --no-deps 'torch==2.13.0+cpu' 2>/dev/null; then

@@ -10,13 +10,20 @@ import torch
 
 from megatron_r1.weights.rules import rules
 
+RESIDUAL = ("o_proj.weight", "down_proj.weight")
+
 
 class RandomWeights:
-    """Stands where a SafetensorsReader does: normal(0, initializer_range), norms 1, biases 0, as transformers initialises."""
+    """Stands where a SafetensorsReader does: normal(0, initializer_range), norms 1, biases 0.
+
+    What writes to the residual stream is smaller by sqrt(2 layers), as in Megatron (and GPT-2): a tiny policy that starts
+    without it learns its cold start as fast, and then hardly improves under RL.
+    """
 
     def __init__(self, hf: dict[str, Any], *, seed: int) -> None:
         self.folder = Path("random weights")
         self.std = hf.get("initializer_range", 0.02)
+        self.residual_std = self.std / (2 * hf["num_hidden_layers"]) ** 0.5
         self.seed = seed
         self.shapes = {tensor.name: tensor.shape for rule in rules(hf) for tensor in rule.hf}
         self.files = dict.fromkeys(self.shapes, self.folder)
@@ -31,4 +38,5 @@ class RandomWeights:
         if len(shape) == 1:
             return torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0)[index]
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode()).digest()[:8], "little", signed=True)
-        return torch.empty(shape).normal_(std=self.std, generator=torch.Generator().manual_seed(seed))[index]
+        std = self.residual_std if name.endswith(RESIDUAL) else self.std
+        return torch.empty(shape).normal_(std=std, generator=torch.Generator().manual_seed(seed))[index]
