@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 GRACE_SECONDS = 5  # for the other ranks to finish or fail too, once one has failed
+CROWDED = 250  # threads of a rank; a layout of four ranks has up to 100
 _pools: dict[int, Pool] = {}
 
 
@@ -33,11 +34,15 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     """
     if world_size not in _pools:
         _pools[world_size] = Pool(world_size)
+    pool = _pools[world_size]
     try:
-        return _pools[world_size].run(function, args, timeout=timeout)
+        results = pool.run(function, args, timeout=timeout)
     except BaseException:
         _pools.pop(world_size).kill()
         raise
+    if pool.threads() > CROWDED:
+        _pools.pop(world_size).kill()
+    return results
 
 
 class Pool:
@@ -87,6 +92,10 @@ class Pool:
             self.processes[rank].join(GRACE_SECONDS)
             succeeded, value = False, f"the process ended, exit code {self.processes[rank].exitcode}"
         (results if succeeded else failures)[rank] = value
+
+    def threads(self) -> int:
+        """Of the fullest process. A group that something still holds keeps its threads, and they spin once its peers are gone."""
+        return max(len(os.listdir(f"/proc/{process.pid}/task")) for process in self.processes)
 
     def kill(self) -> None:
         """End the processes."""

@@ -157,16 +157,18 @@ class Policy:
         self.config.variable_seq_lengths = len(sizes) > 1  # else stages need not tell each other the shape
         iterators = [iter(inputs) for _ in self.chunks]
         self.config.finalize_model_grads_func = self._finalize_grads
-        get_forward_backward_func()(
-            forward_step_func=partial(self._forward, finish=finish, labels=labels),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks,
-            num_microbatches=count,
-            seq_length=max(sizes),
-            micro_batch_size=1,
-            forward_only=not torch.is_grad_enabled(),
-        )
-        self.config.finalize_model_grads_func = None  # a cycle through backward hooks is never collected
+        try:
+            get_forward_backward_func()(
+                forward_step_func=partial(self._forward, finish=finish, labels=labels),
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks,
+                num_microbatches=count,
+                seq_length=max(sizes),
+                micro_batch_size=1,
+                forward_only=not torch.is_grad_enabled(),
+            )
+        finally:
+            self.config.finalize_model_grads_func = None  # a cycle through backward hooks is never collected
 
     def _forward(
         self, inputs: Iterator[tuple[Microbatch, PackedSeqParams]], model: torch.nn.Module, *, finish: Finish, labels: bool
