@@ -192,7 +192,7 @@ def test_a_dead_address_is_one_clear_line(loop):
 
 
 def test_two_runs_cannot_write_to_one_folder(loop):
-    first = loop.start("twice")
+    first = loop.start("twice", "steps=600")
     limit = time.monotonic() + LIMIT
     while not loop.records("twice") and time.monotonic() < limit:
         time.sleep(0.1)
