@@ -53,7 +53,7 @@ def test_a_death_at_start_is_told_with_the_first_error_of_this_start(tmp_path):
     (tmp_path / "log").write_text("OSError: of an earlier start\n")
     prefix = "(Worker pid=1) {} 11-23 10:00:00 [a.py:1] KeyError: {}"
     lines = "\n".join([prefix.format("WARNING", "'harmless'"), prefix.format("ERROR", "'gate'")])
-    server = process(f"print({lines!r}); raise RuntimeError('see root cause above')", tmp_path / "log")
+    server = process(f"print({lines!r}, flush=True); raise RuntimeError('see root cause above')", tmp_path / "log")
     server.start()
     with pytest.raises(ValueError, match=r"ended with code 1 at start; its log says \"KeyError: 'gate'\" \(.*log\)$") as error:
         server.wait_ready(20.0)
