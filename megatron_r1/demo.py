@@ -28,9 +28,10 @@ def demo(overrides: list[str]) -> int:
     root, rest = run_folder(overrides)
     sft = load("sft", root, rest)
     Path(root).mkdir(parents=True, exist_ok=True)
-    write_cold_start(sft)
+    print(f"R1 in miniature, seed {sft.run.seed}, in {root}", flush=True)
     started = time.time()
     with Servers(sft, Path(root, "logs")) as servers:  # they start while the first stage builds its model
+        write_cold_start(sft)
         for stage in STAGES:
             settings = sft if stage == "sft" else load(stage, root, rest)
             check(settings)
