@@ -31,11 +31,12 @@ def test_a_prompt_that_is_not_a_sum_is_a_one_line_error():
 
 
 def test_a_slip_is_carried_through_to_the_answer():
-    assert solution("25 + 47", slip=(0, 1)) == "<think>5+7=13 2+4+1=7</think><answer>73</answer>"
-    assert solution("25 + 47", slip=(1, -1)) == "<think>5+7=12 2+4+1=6</think><answer>62</answer>"
+    assert worked_examples.solution("25 + 47", slip=(0, 1)) == "<think>5+7=13 2+4+1=7</think><answer>73</answer>"
+    assert worked_examples.solution("25 + 47", slip=(1, -1)) == "<think>5+7=12 2+4+1=6</think><answer>62</answer>"
 
 
 def test_the_share_of_wrong_answers_is_the_share_of_slips():
     problems = [Problem(i, f"{10 + i % 90} + {10 + i * 7 % 90}", str(10 + i % 90 + 10 + i * 7 % 90)) for i in range(2000)]
-    wrong = sum(f"<answer>{p.answer}</answer>" not in c.messages[1]["content"] for p, c in zip(problems, conversations(problems, slips=0.6)))
+    made = worked_examples.conversations(problems, slips=0.6)
+    wrong = sum(f"<answer>{p.answer}</answer>" not in c.messages[1]["content"] for p, c in zip(problems, made))
     assert 0.55 < wrong / len(problems) < 0.65
