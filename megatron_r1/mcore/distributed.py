@@ -91,11 +91,6 @@ def is_model_parallel_leader() -> bool:
     return dist.get_rank() == _leader()
 
 
-def is_last_stage() -> bool:
-    """Whether this rank has the output layer."""
-    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-
-
 def broadcast_in_model_parallel_group(value: Any) -> Any:
     """The leader's `value`, on every rank of its model-parallel group; any object that pickles."""
     box = [value]
