@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from megatron_r1 import parallel, plugins
+from megatron_r1 import models, parallel, plugins
 from megatron_r1.config_types import GRPOConfig, SFTConfig, StageConfig
 
 
@@ -33,13 +33,7 @@ def check_model(config: StageConfig) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"model.path = {config.model.path!r}: no such folder; give a Hugging Face model folder")
     hf = read_json(folder / "config.json", setting="model.path")
-    family = hf.get("model_type")
-    if family is None:
-        raise ValueError(f"{folder / 'config.json'}: model_type is missing; it names the file in megatron_r1/models/")
-    families = [name for name in plugins.names("models") if name != "build"]
-    if family not in families:
-        raise ValueError(f"{folder / 'config.json'}: model_type = {family!r} is not built here; known: {', '.join(families)}")
-    plugins.load("models", family).check(hf)
+    models.family(hf).check(hf)
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"model.path = {config.model.path!r}: tokenizer_config.json is missing; copy the model's tokenizer there")
     weights = any(folder.glob("*.safetensors"))

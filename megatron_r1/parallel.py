@@ -95,7 +95,9 @@ def _check_stages(parallel: Parallel, hf: dict[str, Any]) -> None:
 
 
 def _check_shapes(parallel: Parallel, hf: dict[str, Any]) -> None:
-    experts = hf.get("n_routed_experts")
+    # families call it differently
+    experts_field = next((name for name in ("n_routed_experts", "num_experts", "num_local_experts") if hf.get(name)), None)
+    experts = hf[experts_field] if experts_field else None
     if experts is None and parallel.expert_model_parallel_size > 1:
         raise ValueError(
             f"parallel.expert_model_parallel_size = {parallel.expert_model_parallel_size}: this model has no routed experts; set it to 1"
@@ -106,6 +108,7 @@ def _check_shapes(parallel: Parallel, hf: dict[str, Any]) -> None:
         ("tensor_model_parallel_size", parallel.tensor_model_parallel_size, shape, size)
         for shape, size in (
             ("num_attention_heads", hf["num_attention_heads"]),
+            ("num_key_value_heads", hf.get("num_key_value_heads")),
             ("hidden_size", hf["hidden_size"]),
             ("intermediate_size", hf["intermediate_size"]),
             ("vocab_size", hf["vocab_size"]),
@@ -115,7 +118,7 @@ def _check_shapes(parallel: Parallel, hf: dict[str, Any]) -> None:
         )
     ]
     if experts is not None:
-        divided.append(("expert_model_parallel_size", parallel.expert_model_parallel_size, "n_routed_experts", experts))
+        divided.append(("expert_model_parallel_size", parallel.expert_model_parallel_size, experts_field, experts))
         divided.append(("expert_tensor_parallel_size", parallel.expert_tensor_size, "moe_intermediate_size", hf["moe_intermediate_size"]))
     for setting, parts, shape, size in divided:
         if size is not None and size % parts:

@@ -20,7 +20,7 @@ IMPORT_HOMES = {
     "vllm": ("rollout/",),
     "megatron_r1.stages": ("__main__.py", "stages/"),
 }
-PURE = ("algorithms/", "packing.py", "weights/rules.py", "rewards/", "parallel.py", "types.py")
+PURE = ("algorithms/", "packing.py", "weights/rules.py", "models/", "rewards/", "parallel.py", "types.py")
 IMPURE_IMPORTS = ("torch.distributed", "megatron.core", "megatron_r1.config", "megatron_r1.mcore")
 
 
@@ -118,7 +118,7 @@ def test_a_foreign_package_is_imported_only_where_its_home_is(module):
 def test_the_pure_core_knows_no_processes_and_no_config():
     bad = []
     for path in PACKAGE.rglob("*.py"):
-        if str(path.relative_to(PACKAGE)).startswith(PURE):
+        if str(path.relative_to(PACKAGE)).startswith(PURE) and path.name != "build.py":
             bad += [f"{relative(path)} imports {i}" for i in imports(path) if any(is_under(i, x) for x in IMPURE_IMPORTS)]
     assert not bad, bad
 

@@ -120,7 +120,7 @@ def test_mtp_layer_has_the_names_of_the_published_checkpoint():
 
 
 def test_unknown_family_is_refused_by_name():
-    with pytest.raises(ValueError, match="model_type = 'gpt2' has no weight table; use one of deepseek_v3"):
+    with pytest.raises(ValueError, match="model_type = 'gpt2' is not built here: no megatron_r1/models/gpt2.py; known: deepseek_v3"):
         rules({"model_type": "gpt2"})
 
 
@@ -340,11 +340,11 @@ O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({O_PROJ: None}, f"tensor {O_PROJ} of shape (128, 128) is missing; download or convert the model again"),
+        ({O_PROJ: None}, f"tensor {O_PROJ} of shape (128, 128), which megatron_r1/models/deepseek_v3.py asks for, is missing; download or"),
         ({"model.layers.4.eh_proj.weight": None}, "is missing; set num_nextn_predict_layers = 0 in config.json"),
         ({O_PROJ: torch.ones(128, 64)}, f"model.safetensors: {O_PROJ} has shape (128, 64), by config.json (128, 128)"),
-        ({"model.layers.9.new.weight": torch.ones(3)}, "no place for tensor model.layers.9.new.weight of shape (3,)"),
-        ({f"{O_PROJ}_scale_inv": torch.ones(1, 1)}, "of shape (1, 1); convert FP8 weights to bf16 first"),
+        ({"model.layers.9.new.weight": torch.ones(3)}, "no place for tensor model.layers.9.new.weight of shape (3,) in megatron_r1/models/deepseek_v3.py"),
+        ({f"{O_PROJ}_scale_inv": torch.ones(1, 1)}, "of shape (1, 1) in megatron_r1/models/deepseek_v3.py; convert FP8 weights to bf16 first"),
     ],
 )
 def test_checkpoint_of_another_model_is_refused_in_one_line(changes, message, tmp_path):

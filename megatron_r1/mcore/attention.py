@@ -2,17 +2,19 @@
 
 The sequences are laid side by side in dense batches, padded on the right: there `is_causal=True` is exact, because a
 token never sees the padding after it. Legend: T packed tokens, N sequences, L the longest of a batch, H heads of this
-rank, D head dimension of queries and keys, E of values.
+rank, K its key and value heads, D head dimension of queries and keys, E of values.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -64,13 +66,18 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """query and key [T, H, D], value [T, H, E] -> [T, H * E]; `cu_seqlens_q` must cover all T tokens."""
+        """query [T, H, D], key [T, K, D], value [T, K, E] -> [T, H * E]; `cu_seqlens_q` must cover all T tokens.
+
+        With K < H, key head k serves the query heads k * H / K to (k + 1) * H / K - 1.
+        """
         assert packed_seq_params is not None, "only packed sequences"
         batches = getattr(packed_seq_params, "dense_batches", None)
         if batches is None:  # the first layer of this microbatch
             batches = packed_seq_params.dense_batches = dense_batches(packed_seq_params.cu_seqlens_q)
         assert len(batches.place_T) == len(query), f"{len(batches.place_T)=} {len(query)=}"
 
+        if (queries := query.shape[1] // key.shape[1]) > 1:
+            key, value = (tensor.repeat_interleave(queries, dim=1) for tensor in (key, value))
         width = value.shape[-1]
         value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))  # one width for all: torch's fused kernel on CPU
         sizes = [count * length for count, length in batches.shapes]
@@ -81,6 +88,19 @@ class PackedAttention(torch.nn.Module):
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)[batches.place_T, :, :width].flatten(1)
+
+
+class GroupedAttention(SelfAttention):
+    """Megatron's grouped-query attention, where a model asks for it with a bias in the output projection too.
+
+    Megatron has that only together with biases in the MLP.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        if config.attention_output_bias:
+            config = copy(config)
+            config.add_bias_linear = True
+        super().__init__(config, *args, **kwargs)
 
 
 class LatentAttention(MLASelfAttention):

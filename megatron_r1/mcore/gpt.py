@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -12,6 +13,16 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, roll_tensor
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclass
+class GroupedConfig(TransformerConfig):
+    """Megatron's configuration of a model with grouped-query attention, and what Megatron keeps elsewhere or does not vary."""
+
+    rotary_base: float = 10000.0
+    llama3_rope: dict[str, float] | None = None  # frequencies as Llama 3 scales them; of its numbers Megatron has only the factor
+    attention_output_bias: bool = False
 
 
 class PolicyModel(GPTModel):
@@ -36,8 +47,10 @@ class PolicyModel(GPTModel):
 
     mtp_loss: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if scaling := getattr(config, "llama3_rope", None):
+            self.rotary_pos_emb.inv_freq = self.rotary_pos_emb._apply_scaling(self.rotary_pos_emb.inv_freq, **scaling)
         for layer in self.mtp.layers if self.mtp_process else ():
             if "forward_func" in signature(layer._checkpointed_forward).parameters:  # newer cores need no help
                 layer._checkpointed_forward = partial(_recomputed, layer._proj_and_transformer_layer)

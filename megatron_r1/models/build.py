@@ -1,7 +1,6 @@
 """A Hugging Face config.json -> Megatron model chunks on this rank; which layers they are made of is decided here alone.
 
-The family is a file of this folder, named as config.json's model_type. On CPU the layers are Megatron's local ones with
-our attention and norm, on GPU they are Transformer Engine's.
+On CPU the layers are Megatron's local ones with our attention and norm, on GPU they are Transformer Engine's.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -29,18 +29,15 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.utils import init_method_normal
 
-from megatron_r1 import plugins
 from megatron_r1.mcore import cpu
-from megatron_r1.mcore.attention import LatentAttention, PackedAttention
-from megatron_r1.mcore.gpt import PolicyModel
+from megatron_r1.mcore.attention import GroupedAttention, LatentAttention, PackedAttention
+from megatron_r1.mcore.gpt import GroupedConfig, PolicyModel
 from megatron_r1.mcore.norm import RMSNorm
+from megatron_r1.models import family
 from megatron_r1.parallel import Parallel
 
-OWN_MODULES: dict[Any, type[torch.nn.Module]] = {
-    WrappedTorchNorm: RMSNorm,
-    DotProductAttention: PackedAttention,
-    MLASelfAttention: LatentAttention,
-}
+ALWAYS: dict[Any, type[torch.nn.Module]] = {SelfAttention: GroupedAttention}
+ON_CPU = ALWAYS | {WrappedTorchNorm: RMSNorm, DotProductAttention: PackedAttention, MLASelfAttention: LatentAttention}
 
 
 def build(
@@ -59,16 +56,14 @@ def build(
     `train_mtp` the MTP layers are frozen: with no loss of their own, weight decay alone would move them.
     Needs `mcore.distributed.init(parallel, ...)`. Raises ValueError with one line for a family or field not built here.
     """
-    if "model_type" not in hf:
-        raise ValueError("config.json: model_type is missing; it names the file in megatron_r1/models/")
     std = hf.get("initializer_range", 0.02)
-    arguments = plugins.load("models", hf["model_type"]).transformer_arguments(hf)
-    kind = MLATransformerConfig if arguments.get("multi_latent_attention") else TransformerConfig
-    config = kind(
+    arguments = family(hf).transformer_arguments(hf)
+    latent, experts = bool(arguments.get("multi_latent_attention")), bool(arguments.get("num_moe_experts"))
+    config = (MLATransformerConfig if latent else GroupedConfig)(
         **arguments,
         **_layout(hf, parallel),
-        **_recompute(recompute),
-        **_kernels(),
+        **_recompute(recompute, latent=latent, experts=experts),
+        **_kernels(experts=experts),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -105,24 +100,25 @@ def _layout(hf: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
     }
 
 
-def _recompute(recompute: str) -> dict[str, Any]:
+def _recompute(recompute: str, *, latent: bool, experts: bool) -> dict[str, Any]:
     """Which activations are computed again in the backward pass instead of kept."""
     if recompute == "none":
         return {}
     if recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     assert recompute == "selective", f"{recompute=}"
-    modules = ["layernorm", "mla_up_proj"]  # what V3 computes again (arXiv:2412.19437, section 3.2.3)
-    return {"recompute_granularity": "selective", "recompute_modules": modules + (["moe_act"] if cpu.has_cuda() else [])}
+    # what V3 computes again (arXiv:2412.19437, section 3.2.3)
+    modules = {"layernorm": True, "mla_up_proj": latent, "moe_act": experts and cpu.has_cuda()}
+    return {"recompute_granularity": "selective", "recompute_modules": [name for name, there in modules.items() if there]}
 
 
-def _kernels() -> dict[str, Any]:
+def _kernels(*, experts: bool) -> dict[str, Any]:
     """Fused kernels are Transformer Engine's; on CPU there are none."""
     if not cpu.has_cuda():
         return {"use_cpu_initialization": True}
     return {
-        "moe_grouped_gemm": True,
-        "moe_permute_fusion": True,
+        "moe_grouped_gemm": experts,
+        "moe_permute_fusion": experts,
         "bias_activation_fusion": True,
         # the output layer is not Transformer Engine's, and needs Apex's kernel for it
         "gradient_accumulation_fusion": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
@@ -131,20 +127,22 @@ def _kernels() -> dict[str, Any]:
 
 def _chunk(config: TransformerConfig, hf: dict[str, Any], *, vp_stage: int | None) -> PolicyModel:
     engine = cpu.has_cuda()
+    own = ALWAYS if engine else ON_CPU
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm", vp_stage=vp_stage)
     mtp = None
     if config.mtp_num_layers:
         mtp = get_gpt_mtp_block_spec(config, _moe_layer(config), use_transformer_engine=engine, vp_stage=vp_stage)
     return PolicyModel(
         config,
-        block if engine else _with_own_modules(block),
-        mtp_block_spec=mtp if engine else _with_own_modules(mtp),
+        _with_own_modules(block, own),
+        mtp_block_spec=_with_own_modules(mtp, own),
         vocab_size=hf["vocab_size"],
         max_sequence_length=hf["max_position_embeddings"],
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings")),
         position_embedding_type="rope",
+        rotary_base=config.rotary_base,
         vp_stage=vp_stage,
     )
 
@@ -162,11 +160,11 @@ def _moe_layer(config: TransformerConfig) -> ModuleSpec:
     return get_gpt_layer_local_spec(**arguments, normalization="RMSNorm")
 
 
-def _with_own_modules(spec: Any) -> Any:
-    """A spec of Megatron's local layers, with ours in the place of some of Megatron's modules."""
+def _with_own_modules(spec: Any, own: dict[Any, type[torch.nn.Module]]) -> Any:
+    """A spec of Megatron's layers, with ours in the place of some of Megatron's modules."""
     if isinstance(spec, list):
-        return [_with_own_modules(part) for part in spec]
+        return [_with_own_modules(part, own) for part in spec]
     if is_dataclass(spec) and not isinstance(spec, type):
         for field in fields(spec):
-            setattr(spec, field.name, _with_own_modules(getattr(spec, field.name)))
-    return OWN_MODULES.get(spec, spec) if isinstance(spec, type) else spec
+            setattr(spec, field.name, _with_own_modules(getattr(spec, field.name), own))
+    return own.get(spec, spec) if isinstance(spec, type) else spec

@@ -1,16 +1,17 @@
-"""DeepSeek-V3: a Hugging Face config.json -> the arguments of Megatron's configuration of the same model.
+"""DeepSeek-V3, DeepSeek-R1, and others of their shape, such as Moonlight.
 
 Multi-head latent attention (MLA) with RoPE or YaRN, leading dense layers, then mixture-of-experts layers with a sigmoid
-router that limits each token to some groups of experts and chooses by a correction bias. Imports no Megatron, so that a
-config.json can be checked before a process starts.
+router that limits each token to some groups of experts and chooses by a correction bias.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# field -> (values that are built, where the first one is also the default; what to do about another one)
-SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+from megatron_r1.models import fields
+from megatron_r1.weights.rules import HFTensor, Rule, rule, swiglu
+
+SUPPORTED: fields.Supported = {
     "hidden_act": (("silu",), "experts are SwiGLU"),
     "scoring_func": (("sigmoid",), "V2's softmax router is another family"),
     "topk_method": (("noaux_tc",), "V2's routers are another family"),
@@ -31,15 +32,10 @@ NULLABLE = ("q_lora_rank", "n_shared_experts")  # null says that there are none;
 
 def check(hf: dict[str, Any]) -> None:
     """Raise ValueError with one line for the first field of `hf` that is missing or that this model does not build."""
-    for name in REQUIRED:
-        if hf.get(name) is None:
-            raise ValueError(f"config.json: {name} is missing; take it from the model's own config.json")
+    fields.check(hf, required=REQUIRED, supported=SUPPORTED)
     for name in NULLABLE:
         if name not in hf:
             raise ValueError(f"config.json: {name} is missing; take it from the model's own config.json, or set null for none")
-    for name, (values, fix) in SUPPORTED.items():
-        if hf.get(name, values[0]) not in values:
-            raise ValueError(f"config.json: {name} = {hf[name]!r} is not built; use {values[0]!r}: {fix}")
     heads, key_heads = hf["num_attention_heads"], hf.get("num_key_value_heads") or hf["num_attention_heads"]
     if key_heads != heads:
         raise ValueError(f"config.json: num_key_value_heads = {key_heads}: MLA has as many as num_attention_heads; use {heads}")
@@ -73,29 +69,22 @@ def _check_router(hf: dict[str, Any]) -> None:
 
 
 def _rope(hf: dict[str, Any]) -> dict[str, Any]:
-    """The rotary arguments, from `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta` (before)."""
-    field = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-    rope = hf.get(field) or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    base = {"rotary_base": rope.get("rope_theta") or hf.get("rope_theta") or 10000.0}
+    """The rotary arguments."""
+    kind, base, rope = fields.rotary(hf, {"yarn": ("factor", "original_max_position_embeddings")})
     if kind == "default":
-        return {"rope_type": "rope", **base}
-    if kind != "yarn":
-        raise ValueError(f"config.json: {field}.rope_type = {kind!r} is not built; use 'yarn' or 'default'")
-    for name in ("factor", "original_max_position_embeddings"):
-        if name not in rope:
-            raise ValueError(f"config.json: {field}.{name} is missing; YaRN needs it")
+        return {"rope_type": "rope", "rotary_base": base}
     if rope.get("attention_factor") is not None:
-        raise ValueError(f"config.json: {field}.attention_factor = {rope['attention_factor']}: not built; set mscale and mscale_all_dim")
+        factor = rope["attention_factor"]
+        raise ValueError(f"config.json: rope_scaling's attention_factor = {factor}: not built; set mscale and mscale_all_dim")
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if bool(mscale) != bool(all_dim):
         raise ValueError(
-            f"config.json: {field}.mscale = {mscale}, mscale_all_dim = {all_dim}: transformers and vLLM disagree on one alone;"
+            f"config.json: rope_scaling's mscale = {mscale}, mscale_all_dim = {all_dim}: transformers and vLLM disagree on one alone;"
             " set both or none"
         )
     return {
         "rope_type": "yarn",
-        **base,
+        "rotary_base": base,
         "rotary_scaling_factor": rope["factor"],
         "original_max_position_embeddings": rope["original_max_position_embeddings"],
         "beta_fast": rope.get("beta_fast") or 32,
@@ -153,3 +142,82 @@ def _experts(hf: dict[str, Any]) -> dict[str, Any]:
         "moe_router_enable_expert_bias": True,
         "moe_router_load_balancing_type": "none",  # balanced by the bias alone
     }
+
+
+def rules(hf: dict[str, Any]) -> tuple[Rule, ...]:
+    """The decoder, then multi-token prediction (MTP) layers.
+
+    An MTP layer is stored as layer `num_hidden_layers + k`, with its own names for the shared embedding and head.
+    """
+    layers, mtp_layers = hf["num_hidden_layers"], hf.get("num_nextn_predict_layers") or 0
+    hidden, vocab = hf["hidden_size"], hf["vocab_size"]
+    extra = [f"model.layers.{layers + k}." for k in range(mtp_layers)]
+    embed_copies = tuple(f"{layer}embed_tokens.weight" for layer in extra)
+    head_copies = tuple(f"{layer}shared_head.head.weight" for layer in extra)
+    tied = bool(hf.get("tie_word_embeddings"))
+    if tied:
+        embed_copies += head_copies
+
+    head = ("lm_head.weight",) if tied else ()
+    table = [rule("embedding.word_embeddings", "model.embed_tokens", (vocab, hidden), divide=0, copies=embed_copies, aliases=head)]
+    for i in range(layers):
+        table += _block(hf, f"model.layers.{i}.", f"decoder.layers.{i}.", dense=i < hf["first_k_dense_replace"])
+    table.append(rule("decoder.final_layernorm", "model.norm", (hidden,)))
+    if not tied:
+        table.append(rule("output_layer", "lm_head", (vocab, hidden), divide=0, copies=head_copies))
+    for k, layer in enumerate(extra):
+        table += [
+            rule(f"mtp.layers.{k}.enorm", f"{layer}enorm", (hidden,)),
+            rule(f"mtp.layers.{k}.hnorm", f"{layer}hnorm", (hidden,)),
+            # both sides take [embedding; hidden state], in this order
+            rule(f"mtp.layers.{k}.eh_proj", f"{layer}eh_proj", (hidden, 2 * hidden), divide=0),
+        ]
+        table += _block(hf, layer, f"mtp.layers.{k}.transformer_layer.", dense=False)
+        table.append(rule(f"mtp.layers.{k}.final_layernorm", f"{layer}shared_head.norm", (hidden,)))
+    return tuple(table)
+
+
+def _block(hf: dict[str, Any], source: str, target: str, *, dense: bool) -> list[Rule]:
+    """One transformer layer: `source` and `target` are the prefixes of its names on the two sides."""
+    hidden, expert_hidden = hf["hidden_size"], hf["moe_intermediate_size"]
+    table = [rule(f"{target}input_layernorm", f"{source}input_layernorm", (hidden,))]
+    table += _mla(hf, f"{source}self_attn.", f"{target}self_attention.")
+    table.append(rule(f"{target}pre_mlp_layernorm", f"{source}post_attention_layernorm", (hidden,)))
+    if dense:
+        return table + swiglu(f"{source}mlp.", f"{target}mlp.", (hf["intermediate_size"], hidden))
+    experts = hf["n_routed_experts"]
+    table += [
+        rule(f"{target}mlp.router", f"{source}mlp.gate", (experts, hidden)),
+        Rule(f"{target}mlp.router.expert_bias", (HFTensor(f"{source}mlp.gate.e_score_correction_bias", (experts,)),)),
+    ]
+    for e in range(experts):
+        table += swiglu(f"{source}mlp.experts.{e}.", f"{target}mlp.experts.{e}.", (expert_hidden, hidden), expert=e)
+    if hf.get("n_shared_experts"):
+        shared = hf["n_shared_experts"] * expert_hidden
+        table += swiglu(f"{source}mlp.shared_experts.", f"{target}mlp.shared_experts.", (shared, hidden))
+    return table
+
+
+def _mla(hf: dict[str, Any], source: str, target: str) -> list[Rule]:
+    """Multi-head latent attention, with or without low-rank queries.
+
+    The down projections are divided by the local layers and replicated by Transformer Engine's: the size of the
+    parameter at hand tells which, so `divide` says only along which dimension.
+    """
+    hidden, heads, nope, rope = hf["hidden_size"], hf["num_attention_heads"], hf["qk_nope_head_dim"], hf["qk_rope_head_dim"]
+    q_rank, kv_rank, value = hf.get("q_lora_rank"), hf["kv_lora_rank"], hf["v_head_dim"]
+    query = heads * (nope + rope)
+    if q_rank is None:
+        table = [rule(f"{target}linear_q_proj", f"{source}q_proj", (query, hidden), divide=0)]
+    else:
+        table = [
+            rule(f"{target}linear_q_down_proj", f"{source}q_a_proj", (q_rank, hidden), divide=0),
+            rule(f"{target}q_layernorm", f"{source}q_a_layernorm", (q_rank,)),
+            rule(f"{target}linear_q_up_proj", f"{source}q_b_proj", (query, q_rank), divide=0),
+        ]
+    return table + [
+        rule(f"{target}linear_kv_down_proj", f"{source}kv_a_proj_with_mqa", (kv_rank + rope, hidden), divide=0),
+        rule(f"{target}kv_layernorm", f"{source}kv_a_layernorm", (kv_rank,)),
+        rule(f"{target}linear_kv_up_proj", f"{source}kv_b_proj", (heads * (nope + value), kv_rank), divide=0),
+        rule(f"{target}linear_proj", f"{source}o_proj", (hidden, heads * value), divide=1),
+    ]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 # Transformer Engine fuses a layer norm into the linear after it, and keeps a rank's experts in one module.
 # Newer cores call the block inside an MTP layer mtp_model_layer.
 SPELLINGS = (
+    (re.compile(r"\.self_attention\.linear_qkv\.layer_norm_weight$"), r".input_layernorm.weight"),
     (re.compile(r"\.linear_q_up_proj\.layer_norm_weight$"), r".q_layernorm.weight"),
     (re.compile(r"\.linear_kv_up_proj\.layer_norm_weight$"), r".kv_layernorm.weight"),
     (re.compile(r"\.mlp\.linear_fc1\.layer_norm_weight$"), r".pre_mlp_layernorm.weight"),

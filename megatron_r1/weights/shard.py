@@ -24,7 +24,7 @@ from megatron.core import parallel_state
 
 from megatron_r1.weights.hf import Reader, check_target, write
 from megatron_r1.weights.names import Place, canonical
-from megatron_r1.weights.rules import Rule, rules
+from megatron_r1.weights.rules import Rule, check_names, rules
 
 ALIGNMENT = 16  # bytes: a parameter of any dtype may begin here
 
@@ -71,7 +71,7 @@ def load(chunks: Sequence[torch.nn.Module], reader: Reader, hf: dict[str, Any]) 
     of another shape.
     """
     table = {rule.megatron: rule for rule in rules(hf)}
-    _check_names(reader, list(table.values()), hf)
+    check_names(reader, hf)
     with torch.no_grad():
         for name, tensor in named_tensors(chunks, hf):
             assert name in table, f"the model has a tensor without a rule: {name=}"
@@ -92,23 +92,6 @@ def _read_part(rule: Rule, tensor: torch.Tensor, reader: Reader) -> torch.Tensor
     value = rule.to_megatron(pieces)
     assert value.shape == tensor.shape, f"{rule.megatron=} {value.shape=} {tensor.shape=}"
     return value
-
-
-def _check_names(reader: Reader, table: list[Rule], hf: dict[str, Any]) -> None:
-    wanted = {source.name: source.shape for rule in table for source in rule.hf}
-    known = wanted.keys() | {copy for rule in table for copy in rule.copies}
-    mtp = [f"model.layers.{hf['num_hidden_layers'] + k}." for k in range(hf.get("num_nextn_predict_layers") or 0)]
-    for name, shape in wanted.items():
-        if name in reader.files:
-            continue
-        fix = "set num_nextn_predict_layers = 0 in config.json" if name.startswith(tuple(mtp)) else "download or convert the model again"
-        raise ValueError(f"{reader.folder}: tensor {name} of shape {shape} is missing; {fix}")
-    for name in reader.files:
-        layer = name.removeprefix("model.layers.").split(".")[0]
-        unused_mtp = not mtp and layer.isdigit() and int(layer) >= hf["num_hidden_layers"]  # transformers ignores them too
-        if name not in known and not unused_mtp:
-            fix = "convert FP8 weights to bf16 first" if name.endswith("_scale_inv") else "config.json describes another model"
-            raise ValueError(f"{reader.files[name]}: no place for tensor {name} of shape {reader.shape(name)}; {fix}")
 
 
 @dataclass(frozen=True)
