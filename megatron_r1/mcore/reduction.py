@@ -42,13 +42,12 @@ def over_stages(metrics: dict[str, float]) -> dict[str, float]:
 
 @torch.no_grad()
 def expert_load(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
-    """Of each MoE layer here: tokens of its busiest expert over the mean, and the range of its correction bias.
+    """Of each MoE layer here with a correction bias: tokens of its busiest expert over the mean, and the range of that bias.
 
-    From the routers' own counts since the last optimizer step. Layers are numbered from 0, as in the checkpoint.
+    From these routers' own counts since the last optimizer step. Layers are numbered from 0, as in the checkpoint.
     """
-    routers = [
-        module for chunk in chunks for name, module in chunk.named_modules() if hasattr(module, "expert_bias") and ".mtp." not in f".{name}"
-    ]
+    modules = [module for chunk in chunks for name, module in chunk.named_modules() if ".mtp." not in f".{name}"]
+    routers = [module for module in modules if getattr(module, "expert_bias", None) is not None]  # softmax routers have none
     if not routers:
         return {}
     counts = torch.stack([router.local_tokens_per_expert for router in routers])
