@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,42 @@ def three_grpo_steps(parallel: Parallel, chunk_tokens: int = 512, recompute: str
         run.policy.refresh_reference()
         metrics = [run.grpo_step(number, chunk_tokens=chunk_tokens) for number in range(3)]
         return metrics, run.weights()
+
+
+def two_sft_steps(parallel: Parallel) -> Result:
+    with Run(parallel) as run:
+        return [run.sft_step(number, chunk_tokens=128) for number in range(2)], run.weights()
+
+
+def two_sft_steps_sent_late(parallel: Parallel) -> Result:
+    """One rank's sends read their memory a little later, as gloo's thread may; what Megatron frees is written over at once."""
+    import torch.distributed as dist
+    from megatron.core.pipeline_parallel import schedules
+    from torch.distributed import distributed_c10d
+
+    sender = ThreadPoolExecutor(1)  # keeps the order
+    send, free = dist.isend, schedules.deallocate_output_tensor
+
+    def late(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        def read_and_send(memory: Any = tensor.detach()) -> Any:
+            time.sleep(0.02 * (dist.get_rank() == 0))
+            return send(memory, *args, **kwargs)
+
+        future = sender.submit(read_and_send)
+        return SimpleNamespace(wait=lambda: future.result().wait())
+
+    def freed(output: Any, really: bool = False) -> None:
+        if really and output is not None:
+            output.detach().fill_(float("nan"))
+        free(output, really)
+
+    dist.isend = distributed_c10d.isend = late
+    schedules.deallocate_output_tensor = freed
+    try:
+        return two_sft_steps(parallel)
+    finally:
+        dist.isend = distributed_c10d.isend = send
+        schedules.deallocate_output_tensor = free
 
 
 def three_sft_steps(parallel: Parallel, train_mtp: bool) -> Result:
@@ -71,6 +110,11 @@ def test_three_steps_of_grpo_are_those_of_one_rank(name: str, alone: Result):
     for metrics, _ in results:
         assert metrics == results[0][0], "every rank reports the same"
     assert_same(results[0], alone)
+
+
+def test_what_a_stage_sends_is_there_until_the_next_stage_has_it():
+    expected = run_ranks(1, two_sft_steps, ONE)[0]
+    assert_same(run_ranks(2, two_sft_steps_sent_late, LAYOUTS["VPP2"][1])[0], expected)
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, 64, 256])

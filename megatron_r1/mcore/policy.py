@@ -59,7 +59,8 @@ class Policy:
         self.chunks = wrap(chunks)
         self.optimizer, self.scheduler = make_optimizer(self.chunks, training)
         self.config = chunks[0].config  # one object, shared by all chunks
-        self.config.deallocate_pipeline_outputs = True
+        # gloo reads the tensor itself, whenever the receiver is ready; nccl has read it by the time the stream gets here
+        self.config.deallocate_pipeline_outputs = cpu.has_cuda()
         self.exporter = shard.Exporter(chunks, hf)
         self.reference: Reference | None = None
         self.step = 0  # optimizer steps done
