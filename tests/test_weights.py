@@ -120,7 +120,7 @@ def test_mtp_layer_has_the_names_of_the_published_checkpoint():
 
 
 def test_unknown_family_is_refused_by_name():
-    with pytest.raises(ValueError, match="model_type = 'gpt2' is not built here: no megatron_r1/models/gpt2.py; known: deepseek_v3"):
+    with pytest.raises(ValueError, match="model_type = 'gpt2' is not built here: .*; known: deepseek_v3"):
         rules({"model_type": "gpt2"})
 
 
@@ -322,9 +322,7 @@ def test_saved_model_loads_in_transformers_with_nothing_missing(tmp_path):
     assert not report["mismatched_keys"]
     assert all(name.startswith("model.layers.4.") for name in report["unexpected_keys"])  # the MTP layer, which it does not know
     model.save_pretrained(tmp_path / "again")
-    assert_same(
-        load_file(tmp_path / "again/model.safetensors"), {n: t for n, t in expected.items() if not n.startswith("model.layers.4.")}
-    )
+    assert_same(load_file(tmp_path / "again/model.safetensors"), {n: t for n, t in expected.items() if not n.startswith("model.layers.4.")})
 
 
 def load_error(hf: dict[str, Any], folder: str) -> str:
@@ -334,17 +332,18 @@ def load_error(hf: dict[str, Any], folder: str) -> str:
     return str(error.value)
 
 
+FAMILY = "megatron_r1/models/deepseek_v3.py"
 O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({O_PROJ: None}, f"tensor {O_PROJ} of shape (128, 128), which megatron_r1/models/deepseek_v3.py asks for, is missing; download or"),
+        ({O_PROJ: None}, f"tensor {O_PROJ} of shape (128, 128), which {FAMILY} asks for, is missing; download or convert"),
         ({"model.layers.4.eh_proj.weight": None}, "is missing; set num_nextn_predict_layers = 0 in config.json"),
         ({O_PROJ: torch.ones(128, 64)}, f"model.safetensors: {O_PROJ} has shape (128, 64), by config.json (128, 128)"),
-        ({"model.layers.9.new.weight": torch.ones(3)}, "no place for tensor model.layers.9.new.weight of shape (3,) in megatron_r1/models/deepseek_v3.py"),
-        ({f"{O_PROJ}_scale_inv": torch.ones(1, 1)}, "of shape (1, 1) in megatron_r1/models/deepseek_v3.py; convert FP8 weights to bf16 first"),
+        ({"model.layers.9.new.weight": torch.ones(3)}, f"no place for tensor model.layers.9.new.weight of shape (3,) in {FAMILY}"),
+        ({f"{O_PROJ}_scale_inv": torch.ones(1, 1)}, f"of shape (1, 1) in {FAMILY}; convert FP8 weights to bf16 first"),
     ],
 )
 def test_checkpoint_of_another_model_is_refused_in_one_line(changes, message, tmp_path):
