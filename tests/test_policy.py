@@ -56,7 +56,9 @@ def two_sft_steps_sent_late(parallel: Parallel) -> Result:
     send, free = dist.isend, schedules.deallocate_output_tensor
 
     def late(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        def read_and_send(memory: Any = tensor.detach()) -> Any:
+        memory = tensor.detach()
+
+        def read_and_send() -> Any:
             time.sleep(0.02 * (dist.get_rank() == 0))
             return send(memory, *args, **kwargs)
 

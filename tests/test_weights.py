@@ -120,7 +120,7 @@ def test_mtp_layer_has_the_names_of_the_published_checkpoint():
 
 
 def test_unknown_family_is_refused_by_name():
-    with pytest.raises(ValueError, match="model_type = 'gpt2' is not built here: .*; known: deepseek_v3"):
+    with pytest.raises(ValueError, match=r"model_type = 'gpt2' is not built here: .*; known: deepseek_v3"):
         rules({"model_type": "gpt2"})
 
 
