@@ -1,0 +1,113 @@
+"""DeepSeek's block FP8: e4m3 codes with one float32 scale a block of 128 x 128, weight = code * scale.
+
+The scale of `name` is stored as `name_scale_inv`. Odd sizes end in smaller blocks: 576 rows have 5 rows of scales.
+`dequantize` is a float32 multiplication and one rounding, bit for bit. `quantize` gives it its codes back:
+
+    a bf16 value is within 2^-9 of code * scale, neighbouring codes are at least 2^-4 apart (both relative to the code),
+    so rounding value / scale to the nearest code finds the same one, as long as bf16 holds code * scale as a normal number.
+
+`check` says for which scales that is so: 2^-117 <= |scale| <= 2^118. tests/test_fp8.py tries every code at many of them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+BLOCK = 128
+LARGEST = 448.0  # of e4m3
+SCALE_SUFFIX = "_scale_inv"
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-117, 2.0**118
+DTYPE = torch.float8_e4m3fn
+QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+NAN_CODE = 127
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Blocks of a weight [rows, columns]."""
+    rows, columns = shape
+    return -(-rows // BLOCK), -(-columns // BLOCK)
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Whole rows of blocks, [rows, columns] of e4m3, and their scales -> values; NaN codes are NaN.
+
+    torch's own conversion of e4m3 goes through one element at a time. The same bits one place lower in a float16 are the
+    value / 256, subnormals too, and float16 -> float32 is an instruction.
+    """
+    bits = codes.view(torch.int8).to(torch.int16)  # the sign is copied into the upper half
+    bits.bitwise_left_shift_(7).bitwise_and_(-0x4080)
+    values = bits.view(torch.float16).float()
+    if has_nan(codes):
+        values.masked_fill_((codes.view(torch.uint8) & NAN_CODE) == NAN_CODE, math.nan)
+    _by_block(values, scale.float() * 256, torch.mul)
+    return values.to(dtype)
+
+
+def quantize(weight: torch.Tensor, kept: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole rows of blocks, [rows, columns] -> codes and scales = largest magnitude / 448, as DeepSeek's own kernel.
+
+    kept  scales that the weight once had: they are used for the blocks whose every value they explain, code for code,
+          so that a weight that nobody changed gets its bytes back
+    """
+    values = weight.float()
+    scale = (_largest(values) / LARGEST).clamp_(min=SMALLEST_SCALE)
+    if kept is None:
+        return _encode(values, scale), scale
+    codes = _encode(values, kept.float())
+    wrong = dequantize(codes, kept, weight.dtype).view(_bits(weight.dtype)) != weight.view(_bits(weight.dtype))
+    changed = _largest(wrong.float()) > 0
+    if changed.any():
+        scale = torch.where(changed, scale, kept.float())
+        return _encode(values, scale), scale.to(kept.dtype)
+    return codes, kept
+
+
+def check(name: str, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """Raise ValueError for a scale that `quantize` could not undo; 0 will do for a block of zeros."""
+    magnitude = scale.float().abs()
+    fine = (magnitude >= SMALLEST_SCALE) & (magnitude <= LARGEST_SCALE)
+    if not fine.all():
+        zero = _largest((codes.view(torch.uint8) & NAN_CODE).float()) == 0
+        fine |= zero & (magnitude == 0)
+    if not fine.all():
+        worst = magnitude[~fine][0].item()
+        raise ValueError(f"tensor {name}: a block's scale is {worst:.3g}, not {SMALLEST_SCALE:.1g} to {LARGEST_SCALE:.1g}; damaged?")
+
+
+def has_nan(codes: torch.Tensor) -> bool:
+    """Whether a code is NaN; e4m3 has two, and no infinity."""
+    return bool(((codes.view(torch.uint8) & NAN_CODE).max() == NAN_CODE).item()) if codes.numel() else False
+
+
+def _encode(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Codes of values / scale, the nearest one; beyond the largest code it is that one."""
+    scaled = values.clone()
+    _by_block(scaled, torch.where(scale == 0, 1.0, scale), torch.div)
+    return scaled.clamp_(-LARGEST, LARGEST).to(DTYPE)
+
+
+def _by_block(values: torch.Tensor, scale: torch.Tensor, operation: object) -> None:
+    """values = operation(values, scale of the block), in place."""
+    rows, columns = values.shape
+    wide = scale.repeat_interleave(BLOCK, dim=1)[:, :columns]
+    whole = rows // BLOCK * BLOCK
+    if whole:
+        blocks = values[:whole].view(-1, BLOCK, columns)
+        operation(blocks, wide[: whole // BLOCK, None], out=blocks)
+    if whole < rows:
+        operation(values[whole:], wide[-1], out=values[whole:])
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each block."""
+    rows, columns = values.shape
+    down, across = scale_shape(values.shape)
+    padded = torch.nn.functional.pad(values, (0, across * BLOCK - columns, 0, down * BLOCK - rows))
+    by_column = padded.view(down, BLOCK, -1).aminmax(dim=1)
+    return torch.maximum(by_column.max, -by_column.min).view(down, across, BLOCK).amax(2)
+
+
+def _bits(dtype: torch.dtype) -> torch.dtype:
+    return {2: torch.int16, 4: torch.int32}[dtype.itemsize]
