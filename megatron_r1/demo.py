@@ -21,7 +21,7 @@ from megatron_r1.worked_examples import conversations
 
 STAGES = ("sft", "grpo")
 CONFIGS = Path("configs")
-SLIPS = 0.6  # of the worked examples: so the cold start can add, and answers about four in ten right
+TERSE = 0.6  # of the worked examples: the cold start can add, shows its work four times in ten, and is right about as often
 
 
 def demo(overrides: list[str]) -> int:
@@ -67,7 +67,7 @@ def write_cold_start(sft: StageConfig) -> None:
     problems = data.load_problems(**fields, seed=sft.run.seed)
     train, _ = data.split_held_out(problems, sft.data.held_out, seed=sft.run.seed)
     with open(sft.data.conversations, "w") as file:
-        for conversation in conversations(train, slips=SLIPS, seed=sft.run.seed):
+        for conversation in conversations(train, terse=TERSE, seed=sft.run.seed):
             file.write(json.dumps({"messages": conversation.messages}) + "\n")
 
 

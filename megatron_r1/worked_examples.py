@@ -3,10 +3,12 @@
     25 + 47  ->  <think>5+7=12 2+4+1=7</think><answer>72</answer>
 
 Each column is its two digits, the carry if there is one, and their sum; a step needs two digits of the prompt and one of the
-step before, so a small model can learn it, and a slip anywhere makes the answer wrong.
+step before, so a small model can learn it. A share of the examples may be terse, the right answer and no reasoning:
 
-A share of the examples may hold a slip: one column's sum is off by one, and what follows is consistent with it. A policy that
-imitates them can add and often does not, as a base model that was trained on everything; RL then has something to select.
+    25 + 47  ->  <think></think><answer>72</answer>
+
+A small model cannot add in one go, so a policy that imitates both kinds fails where it does not reason, and what RL has to
+discover is R1's own finding: that thinking longer pays.
 """
 
 from __future__ import annotations
@@ -21,30 +23,25 @@ from megatron_r1.problem import Conversation, Problem
 SUM = re.compile(r"\s*(\d+)\s*\+\s*(\d+)\s*")
 
 
-def conversations(problems: Iterable[Problem], *, slips: float = 0.0, seed: int = 0) -> list[Conversation]:
-    """Each problem with its worked solution, a share `slips` of them with a slip. Raises ValueError for what is not "25 + 47"."""
-    rng = random.Random(f"slips {seed}")
+def conversations(problems: Iterable[Problem], *, terse: float = 0.0, seed: int = 0) -> list[Conversation]:
+    """Each problem with its solution, a share `terse` of them without reasoning. Raises ValueError for what is not "25 + 47"."""
+    rng = random.Random(f"terse {seed}")
     made = []
     for problem in problems:
-        slip = rng.randrange(2), rng.choice((-1, 1))
-        answer = solution(problem.prompt, slip=slip if rng.random() < slips else None)
+        answer = solution(problem.prompt, reasons=rng.random() >= terse)
         made.append(Conversation(({"role": "user", "content": problem.prompt}, {"role": "assistant", "content": answer})))
     return made
 
 
-def solution(prompt: str, *, slip: tuple[int, int] | None = None) -> str:
-    """The worked solution of "25 + 47"; `slip` = (column, what its sum is off by), of a column there may not be."""
+def solution(prompt: str, *, reasons: bool = True) -> str:
+    """The solution of "25 + 47", worked column by column or, without `reasons`, the answer alone."""
     match = SUM.fullmatch(prompt)
     if match is None:
         raise ValueError(f"prompt {prompt!r}: worked examples are for sums of two numbers like '25 + 47'; use a file of conversations")
     first, second = match.groups()
     columns, carry = [], 0
-    digits = ""
-    for column, (a, b) in enumerate(zip_longest(reversed(first), reversed(second), fillvalue="0")):
+    for a, b in zip_longest(reversed(first), reversed(second), fillvalue="0"):
         total = int(a) + int(b) + carry
-        if slip is not None and column == slip[0]:
-            total = max(0, total + slip[1])
         columns.append(f"{a}+{b}{f'+{carry}' if carry else ''}={total}")
         carry = total // 10
-        digits = f"{total % 10}{digits}"
-    return f"<think>{' '.join(columns)}</think><answer>{int(f'{carry}{digits}')}</answer>"
+    return f"<think>{' '.join(columns) if reasons else ''}</think><answer>{int(first) + int(second)}</answer>"

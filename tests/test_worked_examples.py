@@ -11,7 +11,7 @@ from megatron_r1.rewards import accuracy, format
 
 @pytest.mark.parametrize(
     ("prompt", "reasoning"),
-    [("25 + 47", "5+7=12 2+4+1=7"), ("10 + 20", "0+0=0 1+2=3"), ("99+1", "9+1=10 9+0+1=10"), ("8 + 95", "8+5=13 0+9+1=10")],
+    [("25 + 47", "5+7=12 2+4+1=7"), ("10 + 20", "0+0=0 1+2=3"), ("99+1", "9+1=10 9+0+1=10"), ("946 + 905", "6+5=11 4+0+1=5 9+9=18"), ("8 + 95", "8+5=13 0+9+1=10")],
 )
 def test_columns_are_added_with_their_carry(prompt: str, reasoning: str):
     assert worked_examples.solution(prompt).startswith(f"<think>{reasoning}</think>")
@@ -30,13 +30,12 @@ def test_a_prompt_that_is_not_a_sum_is_a_one_line_error():
         worked_examples.conversations([Problem(0, "3 * 4", "12")])
 
 
-def test_a_slip_is_carried_through_to_the_answer():
-    assert worked_examples.solution("25 + 47", slip=(0, 1)) == "<think>5+7=13 2+4+1=7</think><answer>73</answer>"
-    assert worked_examples.solution("25 + 47", slip=(1, -1)) == "<think>5+7=12 2+4+1=6</think><answer>62</answer>"
+def test_a_terse_example_is_the_right_answer_without_reasoning():
+    assert worked_examples.solution("25 + 47", reasons=False) == "<think></think><answer>72</answer>"
 
 
-def test_the_share_of_wrong_answers_is_the_share_of_slips():
+def test_the_share_of_terse_examples_is_as_asked_and_every_answer_is_right():
     problems = [Problem(i, f"{10 + i % 90} + {10 + i * 7 % 90}", str(10 + i % 90 + 10 + i * 7 % 90)) for i in range(2000)]
-    made = worked_examples.conversations(problems, slips=0.6)
-    wrong = sum(f"<answer>{p.answer}</answer>" not in c.messages[1]["content"] for p, c in zip(problems, made))
-    assert 0.55 < wrong / len(problems) < 0.65
+    answers = [c.messages[1]["content"] for c in worked_examples.conversations(problems, terse=0.6)]
+    assert 0.55 < sum("<think></think>" in answer for answer in answers) / len(problems) < 0.65
+    assert all(f"<answer>{p.answer}</answer>" in answer for p, answer in zip(problems, answers, strict=True))
