@@ -85,11 +85,13 @@ class VLLMServers:
         """Empty `waiting` as far as there are servers to do it."""
         start = self.rank % len(self.servers.urls)  # ranks begin at different servers
         up = self.servers.urls[start:] + self.servers.urls[:start]
-        slots = self.max_num_seqs // sampling.n + 1  # one request more than fits, so that a server never waits for the next
+        fits = self.max_num_seqs // sampling.n
         while waiting and up:
+            # what waits at a server keeps it busy; what waits here goes to whichever is free: alone, a server gets everything
+            slots = len(waiting) if len(up) == 1 else min(fits + fits // 4 + 1, len(waiting))
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    for url in up * min(slots, len(waiting)):
+                    for url in up * slots:
                         tasks.create_task(self._serve(url, waiting, up=up, sampling=sampling, emit=emit))
             except* EngineError as errors:
                 raise errors.exceptions[0] from None
