@@ -14,6 +14,24 @@ from megatron_r1.weights.rules import rules
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 ARCHITECTURES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
+KIMI_K2 = json.loads("""{
+    "model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu", "attention_bias": false,
+    "hidden_size": 64, "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 12, "n_shared_experts": 1, "num_experts_per_tok": 4,
+    "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "vocab_size": 128,
+    "n_group": 1, "topk_group": 1, "norm_topk_prob": true, "routed_scaling_factor": 2.827, "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc", "moe_layer_freq": 1, "num_nextn_predict_layers": 0, "aux_loss_alpha": 0.001, "seq_aux": true,
+    "rms_norm_eps": 1e-6, "rope_theta": 50000.0, "tie_word_embeddings": false, "max_position_embeddings": 256, "ep_size": 1,
+    "rope_scaling": {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64, "beta_fast": 1.0, "beta_slow": 1.0,
+                     "mscale": 1.0, "mscale_all_dim": 1.0},
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+}""")  # the fields that it is published with, and small sizes
+MOONLIGHT = {name: value for name, value in KIMI_K2.items() if name not in ("rope_scaling", "num_nextn_predict_layers")} | {
+    "model_type": "deepseek_v3",
+    "q_lora_rank": None,
+    "rope_scaling": None,
+    "routed_scaling_factor": 2.446,
+}
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 

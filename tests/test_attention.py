@@ -15,7 +15,7 @@ LENGTHS = {
 }
 
 
-def packed_attention(lengths: list[int], value_width: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def packed_attention(lengths: list[int], value_width: int, key_heads: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """On a rank: (packed, each sequence alone) for the output and the three gradients."""
     from types import SimpleNamespace
 
@@ -25,13 +25,15 @@ def packed_attention(lengths: list[int], value_width: int) -> list[tuple[torch.T
 
     torch.manual_seed(0)
     total, heads, width = sum(lengths), 2, 24
-    inputs = [torch.randn(total, heads, size, requires_grad=True) for size in (width, width, value_width)]
+    shapes = [(heads, width), (key_heads, width), (key_heads, value_width)]
+    inputs = [torch.randn(total, *shape, requires_grad=True) for shape in shapes]
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     attention = PackedAttention(SimpleNamespace(), softmax_scale=0.3)
     packed = attention(*inputs, packed_seq_params=PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds))
 
     alone = []
     for query, key, value in zip(*(x.split(lengths) for x in inputs), strict=True):
+        key, value = (torch.stack([x[:, h * key_heads // heads] for h in range(heads)], dim=1) for x in (key, value))
         scores = torch.einsum("qhd,khd->hqk", query, key) * 0.3
         future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
         alone.append(torch.einsum("hqk,khe->qhe", scores.masked_fill(future, float("-inf")).softmax(-1), value).flatten(1))
@@ -41,10 +43,10 @@ def packed_attention(lengths: list[int], value_width: int) -> list[tuple[torch.T
     return [(packed.detach(), expected.detach()), *zip(*gradients, strict=True)]
 
 
-@pytest.mark.parametrize("value_width", [24, 16])
+@pytest.mark.parametrize(("value_width", "key_heads"), [(24, 2), (16, 2), (24, 1)])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_packed_attention_equals_each_sequence_alone(lengths, value_width):
-    [pairs] = run_ranks(1, packed_attention, LENGTHS[lengths], value_width)
+def test_packed_attention_equals_each_sequence_alone(lengths, value_width, key_heads):
+    [pairs] = run_ranks(1, packed_attention, LENGTHS[lengths], value_width, key_heads)
     for found, expected in pairs:
         assert torch.allclose(found, expected, atol=2e-6), (found - expected).abs().max()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from families import FAMILIES, config
 from mcore_runs import model
 
 from megatron_r1.parallel import Parallel, check
@@ -30,6 +31,13 @@ BAD = [
     (8, {"pipeline_model_parallel_size": 8}, "pipeline_model_parallel_size = 8"),
     (2, {"expert_model_parallel_size": 2, "n_routed_experts": None}, "no routed experts"),
 ]
+BAD_STUDENTS = [
+    ("qwen2", 4, {"tensor_model_parallel_size": 4}, "tensor_model_parallel_size = 4: does not divide num_key_value_heads = 2"),
+    ("llama", 3, {"tensor_model_parallel_size": 3}, "tensor_model_parallel_size = 3: does not divide num_attention_heads = 4"),
+    ("qwen3", 2, {"expert_model_parallel_size": 2}, "expert_model_parallel_size = 2: this model has no routed experts"),
+    ("qwen3_moe", 3, {"expert_model_parallel_size": 3}, "expert_model_parallel_size = 3: does not divide num_experts = 8"),
+    ("qwen3_moe", 2, {"tensor_model_parallel_size": 2, "moe_intermediate_size": 31}, "does not divide moe_intermediate_size = 31"),
+]
 
 
 def split(changes: dict[str, int]) -> tuple[Parallel, dict[str, int]]:
@@ -51,6 +59,18 @@ def test_layouts_that_cannot_work_say_why_in_one_line(world_size, changes, messa
         check(parallel, world_size, hf)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("family", "world_size", "changes", "message"), BAD_STUDENTS)
+def test_layouts_that_divide_no_group_or_expert_say_so(family, world_size, changes, message):
+    sizes = {name: value for name, value in changes.items() if name.endswith("parallel_size")}
+    with pytest.raises(ValueError, match=message):
+        check(Parallel(**sizes), world_size, config(family, **changes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layouts_of_students_that_work_pass(family):
+    check(Parallel(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 8, config(family))
 
 
 @pytest.mark.parametrize(("layers", "stages", "last"), [(61, 4, 13), (61, 16, 1), (4, 2, 2), (3, 2, 1), (5, 1, 5)])

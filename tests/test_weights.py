@@ -129,6 +129,8 @@ def test_unknown_family_is_refused_by_name():
     [
         ("embedding.word_embeddings.weight", "embedding.word_embeddings.weight"),
         ("decoder.layers.1.input_layernorm.weight", "decoder.layers.5.input_layernorm.weight"),
+        ("decoder.layers.1.self_attention.linear_qkv.layer_norm_weight", "decoder.layers.5.input_layernorm.weight"),
+        ("decoder.layers.1.self_attention.linear_qkv.bias", "decoder.layers.5.self_attention.linear_qkv.bias"),
         ("decoder.layers.0.self_attention.linear_q_up_proj.layer_norm_weight", "decoder.layers.4.self_attention.q_layernorm.weight"),
         ("decoder.layers.0.self_attention.linear_kv_up_proj.layer_norm_weight", "decoder.layers.4.self_attention.kv_layernorm.weight"),
         ("decoder.layers.0.mlp.linear_fc1.layer_norm_weight", "decoder.layers.4.pre_mlp_layernorm.weight"),

@@ -88,7 +88,11 @@ def _read_part(rule: Rule, tensor: torch.Tensor, reader: Reader) -> torch.Tensor
         part = parallel_state.get_tensor_model_parallel_rank()
     else:
         part = parallel_state.get_expert_tensor_parallel_rank()
-    pieces = [reader.read(source.name, index) for source, index in zip(rule.hf, rule.slices(part, parts), strict=True)]
+    slices = rule.slices(part, parts)
+    pieces = [reader.read(source.name, index) for source, index in zip(rule.hf, slices, strict=True)]
+    for name in rule.aliases:
+        if name in reader.files and not torch.equal(reader.read(name, slices[0]), pieces[0]):
+            raise ValueError(f"{reader.files[name]}: {name} is not {rule.hf[0].name}; set tie_word_embeddings = false in config.json")
     value = rule.to_megatron(pieces)
     assert value.shape == tensor.shape, f"{rule.megatron=} {value.shape=} {tensor.shape=}"
     return value
