@@ -2,6 +2,7 @@
 
     python -m megatron_r1 demo                                            R1 in miniature, on this machine
     python -m megatron_r1 {sft,grpo,eval} CONFIG.toml [section.key=value ...]
+    python -m megatron_r1 convert {hf-to-megatron,megatron-to-hf,fp8-cast,compare,verify} ...
     python -m megatron_r1 doctor                                          what is installed, and what is missing
 
 Run by hand it starts the servers and ranks of this machine; run by srun or torchrun (RANK is set) it is one rank.
@@ -14,7 +15,7 @@ import os
 import sys
 
 USAGE_ERROR = 2  # exit code of every mistake a user can mend; its message is one line
-COMMANDS = ("demo", "sft", "grpo", "eval", "doctor")
+COMMANDS = ("demo", "sft", "grpo", "eval", "convert", "doctor")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +41,10 @@ def run(command: str, arguments: list[str]) -> int:
         from megatron_r1.doctor import doctor
 
         return doctor()
+    if command == "convert":
+        from megatron_r1 import convert_cli
+
+        return convert_cli.main(arguments)
     if command == "demo":
         from megatron_r1.demo import demo
 

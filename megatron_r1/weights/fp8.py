@@ -59,8 +59,8 @@ def quantize(weight: torch.Tensor, kept: torch.Tensor | None = None) -> tuple[to
     wrong = dequantize(codes, kept, weight.dtype).view(_bits(weight.dtype)) != weight.view(_bits(weight.dtype))
     changed = _largest(wrong.float()) > 0
     if changed.any():
-        scale = torch.where(changed, scale, kept.float())
-        return _encode(values, scale), scale.to(kept.dtype)
+        scale = torch.where(changed, scale.to(kept.dtype), kept)
+        return _encode(values, scale.float()), scale
     return codes, kept
 
 

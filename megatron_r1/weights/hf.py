@@ -43,7 +43,7 @@ class SafetensorsReader:
         self._handles: dict[Path, Any] = {}
         index = self.folder / INDEX
         if index.is_file():
-            self.files = _read_index(index)
+            self.files = read_index(index)
         elif (self.folder / SINGLE).is_file():
             single = self.folder / SINGLE
             self.files = dict.fromkeys(self._open(single).keys(), single)
@@ -82,7 +82,8 @@ class SafetensorsReader:
         return self._handles[file]
 
 
-def _read_index(index: Path) -> dict[str, Path]:
+def read_index(index: Path) -> dict[str, Path]:
+    """tensor -> file, of an index. Raises ValueError where it is not one."""
     try:
         files = json.loads(index.read_text())["weight_map"]
         return {name: index.parent / file for name, file in files.items()}

@@ -39,7 +39,7 @@ def height(shape: tuple[int, ...]) -> int:
     return shape[0] if shape else 1
 
 
-def row_bytes(stream: Stream) -> int:
+def row_bytes(stream: Stream | torch.Tensor) -> int:
     """Bytes of one row."""
     return math.prod(stream.shape[1:]) * stream.dtype.itemsize
 

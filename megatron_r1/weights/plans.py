@@ -1,0 +1,328 @@
+"""The conversions: what each tensor of the target is made of, and where it will lie.
+
+A converted Megatron folder keeps, in `hf/`, all of the Hugging Face folder that Megatron has no place for: configuration,
+tokenizer, chat template; the headers of its weight files; FP8 scales, and buffers that old checkpoints hold. So it is the
+whole model, and going back gives the same files, byte for byte, as long as nobody changed the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_r1.models import family
+from megatron_r1.weights import fp8, torch_dist
+from megatron_r1.weights.conversion import Output, Plan, Task
+from megatron_r1.weights.hf import COPIED, INDEX, KEPT_FP32, SINGLE
+from megatron_r1.weights.rules import IGNORED, ConcatRows, Rename, Rule, check_names, rules
+from megatron_r1.weights.safetensors_files import LENGTH_BYTES, Folder, Tensor, divide, make_header, make_index, parse_header
+from megatron_r1.weights.streams import Cast, Computed, Dequantized, Files, Quantized, Rows, Stream, height, joined, whole
+
+To = Literal["same", "bf16", "fp8"]
+SIDE = "hf"  # the subfolder of a Megatron folder
+HEADERS, KEPT = "headers.json", "kept.safetensors"
+# DeepSeek's own choice: the linear layers of attention and MLP; not embedding, head, norms, router, MTP's projection
+QUANTIZED = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
+
+Layout = dict[str, list[Tensor]]  # file -> its tensors, in their order
+
+
+def hf_to_megatron(source: Path) -> Plan:
+    """A Hugging Face folder as a Megatron checkpoint: FP8 becomes bf16, all else keeps its dtype."""
+    files = Files()
+    folder = Folder(source, files)
+    hf = model_config(source)
+    family(hf).check(hf)
+    check_names(_WithoutScales(folder), hf)
+    table = rules(hf)
+    layout, addresses = torch_dist.Layout(), torch_dist.Addresses(hf, table)
+    used = {name for rule in table for name in _names(rule)}
+    kept = [folder.places[name][0] for name in folder.places if _belongs_to_fp8(name, folder) or name.endswith(IGNORED)]
+    tasks = []
+    for rule in table:
+        _check_shapes(rule, folder)
+        values = [_values(folder, tensor.name) for tensor in rule.hf]
+        outputs = _pieces(rule, values, addresses(rule), layout=layout)
+        copies = [(values[0], _values(folder, name)) for name in (*rule.copies, *rule.aliases) if name in folder.places]
+        tasks.append(Task(outputs, copies))
+    sizes = {f"{torch_dist.RELEASE}/__0_{i}.distcp": size for i, size in enumerate(layout.sizes)}
+    frames = {f"{torch_dist.RELEASE}/{file}": data for file, data in layout.frames.items()}
+    side = {f"{SIDE}/{file.name}": file.read_bytes() for file in _description(source)}
+    side[f"{SIDE}/{HEADERS}"] = json.dumps(folder.headers).encode()
+    small = {**layout.small_files(stacked=addresses.stacked), **side}
+    plan = Plan("hf-to-megatron", folder.source_files, sizes, frames, tasks, small, files)
+    if kept:
+        places = _add_file(plan, f"{SIDE}/{KEPT}", make_header(kept))
+        plan.tasks += [Task([place.output(folder.stream(name))]) for name, place in places.items()]
+    dropped = [name for name in folder.places if name not in used and folder.places[name][0] not in kept]
+    if dropped:
+        plan.notes.append(f"left out: {len(dropped)} tensors that config.json says are not part of the model, such as {dropped[0]}")
+    return plan
+
+
+def megatron_to_hf(source: Path, *, to: To = "same", side: Path | None = None) -> Plan:
+    """A Megatron checkpoint as a Hugging Face folder.
+
+    side  the folder with config.json and tokenizer, for a checkpoint that was not converted here
+    to    `same` is what the Hugging Face folder had, tensor by tensor, or, without one, what Megatron has
+    """
+    model = MegatronFolder(source, side)
+    return _to_hf("megatron-to-hf", model, to=to)
+
+
+def fp8_cast(source: Path, *, to: To) -> Plan:
+    """A Hugging Face folder of any family in bf16 or in block FP8."""
+    return _to_hf("fp8-cast", HFFolder(source), to=to)
+
+
+@dataclass
+class HFFolder:
+    """A Hugging Face folder as values: what is FP8 is dequantised."""
+
+    source: Path
+
+    def __post_init__(self) -> None:
+        self.files, self.side = Files(), self.source
+        self.folder = Folder(self.source, self.files)
+        self.headers, self.source_files = self.folder.headers, self.folder.source_files
+        self.layout: Layout = {name: [tensor for tensor, _ in parse_header(text, name)] for name, text in self.headers.items()}
+        model_config(self.source)
+
+    def values(self, name: str) -> Stream:
+        """A tensor by name."""
+        return _values(self.folder, name)
+
+    def scale(self, name: str) -> Stream | None:
+        """The scales that a weight has."""
+        name += fp8.SCALE_SUFFIX
+        return self.folder.stream(name) if name in self.folder.places else None
+
+
+class MegatronFolder:
+    """A Megatron checkpoint as values by Hugging Face name."""
+
+    def __init__(self, source: Path, side: Path | None) -> None:
+        self.source, self.side = source, side or source / SIDE
+        if not (self.side / "config.json").is_file():
+            raise ValueError(f"{self.side / 'config.json'}: missing; give the Hugging Face folder the model came from with --hf")
+        self.files = Files()
+        self._checkpoint = torch_dist.Checkpoint(source, self.files)
+        self.source_files = self._checkpoint.source_files
+        hf = model_config(self.side)
+        family(hf).check(hf)
+        table = rules(hf)
+        self._addresses = torch_dist.Addresses(hf, table)
+        self._rules = {name: rule for rule in table for name in _names(rule)}
+        self._kept = Folder(self.side, self.files, single=KEPT) if (self.side / KEPT).is_file() else None
+        headers = self.side / HEADERS
+        self.headers: dict[str, str] = json.loads(headers.read_text()) if headers.is_file() else {}
+        self.layout = self._layout(table)
+
+    def _layout(self, table: tuple[Rule, ...]) -> Layout:
+        if not self.headers:
+            written = [name for rule in table for name in (*(tensor.name for tensor in rule.hf), *rule.copies)]
+            return divide([Tensor(name, self.values(name).dtype, self.values(name).shape) for name in written])
+        kept = set(self._kept.places) if self._kept else set()
+        found = {}
+        for file, text in self.headers.items():
+            found[file] = [tensor for tensor, _ in parse_header(text, file) if tensor.name in self._rules or tensor.name in kept]
+        return {file: tensors for file, tensors in found.items() if tensors}
+
+    def values(self, name: str) -> Stream:
+        """A tensor by name."""
+        if name not in self._rules:
+            return self._kept.stream(name)
+        rule = self._rules[name]
+        source = self._checkpoint.stream(rule, self._addresses)
+        index = next((i for i, tensor in enumerate(rule.hf) if tensor.name == name), 0)
+        shape = rule.hf[index].shape
+        if isinstance(rule.operation, Rename):
+            return Rows(name, source, 0, shape)
+        if isinstance(rule.operation, ConcatRows):
+            return Rows(name, source, index * shape[0], shape)
+        return Computed(name, shape, source.dtype, lambda: rule.operation.split(whole(source), len(rule.hf))[index].contiguous())
+
+    def scale(self, name: str) -> Stream | None:
+        """The scales that a weight had when it was FP8."""
+        name += fp8.SCALE_SUFFIX
+        return self._kept.stream(name) if self._kept and name in self._kept.places else None
+
+
+def open_model(source: Path, side: Path | None = None) -> HFFolder | MegatronFolder:
+    """A checkpoint of either format."""
+    is_megatron = any((folder / ".metadata").is_file() for folder in (source, source / torch_dist.RELEASE))
+    return MegatronFolder(source, side) if is_megatron else HFFolder(source)
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """config.json of the model whatever its weights' format. Raises ValueError for a file or a format that is not read here."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{file}: missing; give the folder the model came from")
+    try:
+        hf = json.loads(file.read_text())
+    except ValueError:
+        raise ValueError(f"{file}: damaged, not JSON; download it again") from None
+    if not isinstance(hf, dict):
+        raise ValueError(f"{file}: not a configuration but a {type(hf).__name__}; download it again")
+    quantization = hf.pop("quantization_config", None)
+    if quantization is not None:
+        for key in ("quant_method", "weight_block_size"):
+            if quantization.get(key) != fp8.QUANTIZATION[key]:
+                raise ValueError(
+                    f"{file}: quantization_config.{key} = {quantization.get(key)!r} is not read; only block FP8 of 128 x 128 is"
+                )
+    return hf
+
+
+def _to_hf(what: str, model: HFFolder | MegatronFolder, *, to: To) -> Plan:
+    layout = {file: tensors for file, before in model.layout.items() if (tensors := _retype(before, to))}
+    same = {file for file, text in model.headers.items() if [tensor for tensor, _ in parse_header(text, file)] == layout.get(file)}
+    plan = Plan(what, model.source_files, {}, {}, [], {}, model.files)
+    places: dict[str, Place] = {}
+    for file, tensors in layout.items():
+        places |= _add_file(plan, file, model.headers[file] if file in same else make_header(tensors))
+    for name, place in places.items():
+        weight = places.get(name.removesuffix(fp8.SCALE_SUFFIX))
+        if weight is not place and weight is not None and weight.tensor.dtype == fp8.DTYPE:
+            continue  # written with its weight: it is known when that was read
+        stream = _encode(model, place.tensor)
+        outputs = [place.output(stream)]
+        if isinstance(stream, Quantized):
+            outputs.append(places[name + fp8.SCALE_SUFFIX].output(stream.scale))
+        plan.tasks.append(Task(outputs))
+    plan.small = _describe(model.side, layout, to=to, same=len(same) == len(model.headers) > 0)
+    return plan
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a Hugging Face file will lie."""
+
+    tensor: Tensor
+    file: str
+    offset: int
+
+    def output(self, stream: Stream) -> Output:
+        """What is written there."""
+        assert (stream.shape, stream.dtype) == (self.tensor.shape, self.tensor.dtype), f"{self.tensor=} {stream=}"
+        return Output(self.tensor.name, self.file, self.offset, stream)
+
+
+def _add_file(plan: Plan, file: str, header: str) -> dict[str, Place]:
+    data = header.encode()
+    found = {tensor.name: Place(tensor, file, offset) for tensor, offset in parse_header(header, file)}
+    plan.frames[file] = [(0, len(data).to_bytes(LENGTH_BYTES, "little") + data)]
+    plan.sizes[file] = LENGTH_BYTES + len(data) + sum(place.tensor.nbytes for place in found.values())
+    return found
+
+
+def _retype(tensors: list[Tensor], to: To) -> list[Tensor]:
+    """The tensors of a file as they are to be written."""
+    found: list[Tensor] = []
+    for tensor in tensors:
+        name, dtype = tensor.name, tensor.dtype
+        if to == "fp8" and QUANTIZED.search(name) and len(tensor.shape) == 2 and dtype != fp8.DTYPE:
+            found += [replace(tensor, dtype=fp8.DTYPE), Tensor(name + fp8.SCALE_SUFFIX, torch.float32, fp8.scale_shape(tensor.shape))]
+        elif to != "bf16" or not dtype.is_floating_point or name.endswith(KEPT_FP32):
+            found.append(tensor)
+        elif not name.endswith(fp8.SCALE_SUFFIX):
+            found.append(replace(tensor, dtype=torch.bfloat16))
+    return found
+
+
+def _encode(model: HFFolder | MegatronFolder, tensor: Tensor) -> Stream:
+    """The values of a tensor in the dtype it is to have."""
+    stream = model.values(tensor.name)
+    if tensor.dtype == stream.dtype:
+        return stream
+    if tensor.dtype != fp8.DTYPE:
+        return Cast(stream, tensor.dtype)
+    kept = model.scale(tensor.name)
+    # scales explain bf16 values, which is what a weight of FP8 was when training began
+    return Quantized(Cast(stream, torch.bfloat16) if kept else stream, kept)
+
+
+def _describe(side: Path, layout: Layout, *, to: To, same: bool) -> dict[str, bytes]:
+    """Configuration, tokenizer and the like; `same` files keep their index."""
+    small = {file.name: file.read_bytes() for file in _description(side) if same or file.name != INDEX}
+    if not same and set(layout) != {SINGLE}:
+        small[INDEX] = _json(make_index(layout))
+    config = json.loads(small["config.json"])
+    if to == "bf16":
+        config.pop("quantization_config", None)
+        config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
+    elif to == "fp8" and "quantization_config" not in config:
+        tensors = [tensor for file in layout.values() for tensor in file]
+        full = [
+            t.name.removesuffix(".weight") for t in tensors if len(t.shape) == 2 and t.dtype.itemsize > 1 and t.name.endswith(".weight")
+        ]
+        config["quantization_config"] = fp8.QUANTIZATION | {"modules_to_not_convert": full}
+    if config != json.loads(small["config.json"]):
+        small["config.json"] = _json(config)
+    return small
+
+
+def _description(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in COPIED and file.name != HEADERS]
+
+
+def _values(folder: Folder, name: str) -> Stream:
+    stream = folder.stream(name)
+    if stream.dtype != fp8.DTYPE:
+        return stream
+    if name + fp8.SCALE_SUFFIX not in folder.places:
+        raise ValueError(f"{stream.path}: tensor {name} is FP8 and {name + fp8.SCALE_SUFFIX} is missing; download it again")
+    return Dequantized(stream, folder.stream(name + fp8.SCALE_SUFFIX))
+
+
+def _pieces(rule: Rule, values: list[Stream], address: torch_dist.Address, layout: torch_dist.Layout) -> list[Output]:
+    """A Megatron tensor's places; rows that are joined stay pieces of their own, which needs no tensor in memory."""
+    if not isinstance(rule.operation, Rename | ConcatRows):
+        values = [joined(rule.megatron, rule.operation.join, values)]
+    shape = (sum(height(stream.shape) for stream in values), *values[0].shape[1:])
+    if len({stream.dtype for stream in values}) > 1:
+        raise ValueError(f"tensors {' and '.join(stream.name for stream in values)}: not of one dtype; cast the checkpoint first")
+    row, outputs = 0, []
+    for stream in values:
+        rows = height(stream.shape)
+        file, offset = layout.add(address, shape, row=row, rows=rows, dtype=stream.dtype)
+        name = rule.megatron if len(values) == 1 else f"{rule.megatron} rows {row}"
+        outputs.append(Output(name, f"{torch_dist.RELEASE}/{file}", offset, stream))
+        row += rows
+    return outputs
+
+
+def _names(rule: Rule) -> list[str]:
+    return [*(tensor.name for tensor in rule.hf), *rule.copies, *rule.aliases]
+
+
+def _check_shapes(rule: Rule, folder: Folder) -> None:
+    for tensor in rule.hf:
+        tensor_file, shape = folder.files[tensor.name], folder.shape(tensor.name)
+        if shape != tensor.shape:
+            raise ValueError(
+                f"{tensor_file}: {tensor.name} has shape {shape}, by config.json {tensor.shape}; use the model's own config.json"
+            )
+
+
+class _WithoutScales:
+    """A folder as `check_names` is to see it: scales are no tensors of the model."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder, self.shape = folder.folder, folder.shape
+        self.files = {name: file for name, file in folder.files.items() if not _belongs_to_fp8(name, folder)}
+
+
+def _belongs_to_fp8(name: str, folder: Folder) -> bool:
+    weight = folder.places.get(name.removesuffix(fp8.SCALE_SUFFIX))
+    return name.endswith(fp8.SCALE_SUFFIX) and weight is not None and weight[0].dtype == fp8.DTYPE
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

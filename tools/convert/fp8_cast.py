@@ -1,0 +1,9 @@
+"""`python -m megatron_r1 convert fp8-cast` as a file; -h says what it takes."""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_r1.convert_cli import tool
+
+sys.exit(tool("fp8-cast"))
