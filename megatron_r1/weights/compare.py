@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_r1.weights import fp8, plans
+from megatron_r1.weights import fp8
 from megatron_r1.weights.conversion import runs
+from megatron_r1.weights.folders import HFFolder, MegatronFolder, open_model
 from megatron_r1.weights.ledger import hasher
 from megatron_r1.weights.streams import Stream, tensor_bytes
 
@@ -35,7 +36,7 @@ def compare(a: Path, b: Path, *, tolerance: float | None = None, side: Path | No
         from megatron_r1.weights.logits import compare_logits
 
         return compare_logits(a, b, text=text, tolerance=1e-4 if tolerance is None else tolerance)
-    one, other = plans.open_model(a, side), plans.open_model(b, side)
+    one, other = open_model(a, side), open_model(b, side)
     tensors, others = _tensors(one), _tensors(other)
     wrong = 0
     for name in [*tensors, *(name for name in others if name not in tensors)]:
@@ -47,7 +48,7 @@ def compare(a: Path, b: Path, *, tolerance: float | None = None, side: Path | No
     return int(wrong > 0)
 
 
-def _tensors(model: plans.HFFolder | plans.MegatronFolder) -> dict[str, Stream]:
+def _tensors(model: HFFolder | MegatronFolder) -> dict[str, Stream]:
     names = [tensor.name for tensors in model.layout.values() for tensor in tensors]
     weights = set(names)
     return {name: model.values(name) for name in names if name.removesuffix(fp8.SCALE_SUFFIX) not in weights - {name}}

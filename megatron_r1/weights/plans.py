@@ -1,9 +1,4 @@
-"""The conversions: what each tensor of the target is made of, and where it will lie.
-
-A converted Megatron folder keeps, in `hf/`, all of the Hugging Face folder that Megatron has no place for: configuration,
-tokenizer, chat template; the headers of its weight files; FP8 scales, and buffers that old checkpoints hold. So it is the
-whole model, and going back gives the same files, byte for byte, as long as nobody changed the weights.
-"""
+"""The conversions: what each tensor of the target is made of, and where it will lie."""
 
 from __future__ import annotations
 
@@ -18,18 +13,15 @@ import torch
 from megatron_r1.models import family
 from megatron_r1.weights import fp8, torch_dist
 from megatron_r1.weights.conversion import Output, Plan, Task
+from megatron_r1.weights.folders import HEADERS, KEPT, SIDE, HFFolder, Layout, MegatronFolder, all_names, model_config, stored_values
 from megatron_r1.weights.hf import COPIED, INDEX, KEPT_FP32, SINGLE
 from megatron_r1.weights.rules import IGNORED, ConcatRows, Rename, Rule, check_names, rules
-from megatron_r1.weights.safetensors_files import LENGTH_BYTES, Folder, Tensor, divide, make_header, make_index, parse_header
-from megatron_r1.weights.streams import Cast, Computed, Dequantized, Files, Quantized, Rows, Stream, height, joined, whole
+from megatron_r1.weights.safetensors_files import LENGTH_BYTES, Folder, Tensor, make_header, make_index, parse_header
+from megatron_r1.weights.streams import Cast, Files, Quantized, Stream, height, joined
 
 To = Literal["same", "bf16", "fp8"]
-SIDE = "hf"  # the subfolder of a Megatron folder
-HEADERS, KEPT = "headers.json", "kept.safetensors"
 # DeepSeek's own choice: the linear layers of attention and MLP; not embedding, head, norms, router, MTP's projection
 QUANTIZED = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
-
-Layout = dict[str, list[Tensor]]  # file -> its tensors, in their order
 
 
 def hf_to_megatron(source: Path) -> Plan:
@@ -41,14 +33,14 @@ def hf_to_megatron(source: Path) -> Plan:
     check_names(_WithoutScales(folder), hf)
     table = rules(hf)
     layout, addresses = torch_dist.Layout(), torch_dist.Addresses(hf, table)
-    used = {name for rule in table for name in _names(rule)}
     kept = [folder.places[name][0] for name in folder.places if _belongs_to_fp8(name, folder) or name.endswith(IGNORED)]
+    known = {name for rule in table for name in all_names(rule)} | {tensor.name for tensor in kept}
     tasks = []
     for rule in table:
         _check_shapes(rule, folder)
-        values = [_values(folder, tensor.name) for tensor in rule.hf]
+        values = [stored_values(folder, tensor.name) for tensor in rule.hf]
         outputs = _pieces(rule, values, addresses(rule), layout=layout)
-        copies = [(values[0], _values(folder, name)) for name in (*rule.copies, *rule.aliases) if name in folder.places]
+        copies = [(values[0], stored_values(folder, name)) for name in (*rule.copies, *rule.aliases) if name in folder.places]
         tasks.append(Task(outputs, copies))
     sizes = {f"{torch_dist.RELEASE}/__0_{i}.distcp": size for i, size in enumerate(layout.sizes)}
     frames = {f"{torch_dist.RELEASE}/{file}": data for file, data in layout.frames.items()}
@@ -59,7 +51,7 @@ def hf_to_megatron(source: Path) -> Plan:
     if kept:
         places = _add_file(plan, f"{SIDE}/{KEPT}", make_header(kept))
         plan.tasks += [Task([place.output(folder.stream(name))]) for name, place in places.items()]
-    dropped = [name for name in folder.places if name not in used and folder.places[name][0] not in kept]
+    dropped = [name for name in folder.places if name not in known]
     if dropped:
         plan.notes.append(f"left out: {len(dropped)} tensors that config.json says are not part of the model, such as {dropped[0]}")
     return plan
@@ -78,106 +70,6 @@ def megatron_to_hf(source: Path, *, to: To = "same", side: Path | None = None) -
 def fp8_cast(source: Path, *, to: To) -> Plan:
     """A Hugging Face folder of any family in bf16 or in block FP8."""
     return _to_hf("fp8-cast", HFFolder(source), to=to)
-
-
-@dataclass
-class HFFolder:
-    """A Hugging Face folder as values: what is FP8 is dequantised."""
-
-    source: Path
-
-    def __post_init__(self) -> None:
-        self.files, self.side = Files(), self.source
-        self.folder = Folder(self.source, self.files)
-        self.headers, self.source_files = self.folder.headers, self.folder.source_files
-        self.layout: Layout = {name: [tensor for tensor, _ in parse_header(text, name)] for name, text in self.headers.items()}
-        model_config(self.source)
-
-    def values(self, name: str) -> Stream:
-        """A tensor by name."""
-        return _values(self.folder, name)
-
-    def scale(self, name: str) -> Stream | None:
-        """The scales that a weight has."""
-        name += fp8.SCALE_SUFFIX
-        return self.folder.stream(name) if name in self.folder.places else None
-
-
-class MegatronFolder:
-    """A Megatron checkpoint as values by Hugging Face name."""
-
-    def __init__(self, source: Path, side: Path | None) -> None:
-        self.source, self.side = source, side or source / SIDE
-        if not (self.side / "config.json").is_file():
-            raise ValueError(f"{self.side / 'config.json'}: missing; give the Hugging Face folder the model came from with --hf")
-        self.files = Files()
-        self._checkpoint = torch_dist.Checkpoint(source, self.files)
-        self.source_files = self._checkpoint.source_files
-        hf = model_config(self.side)
-        family(hf).check(hf)
-        table = rules(hf)
-        self._addresses = torch_dist.Addresses(hf, table)
-        self._rules = {name: rule for rule in table for name in _names(rule)}
-        self._kept = Folder(self.side, self.files, single=KEPT) if (self.side / KEPT).is_file() else None
-        headers = self.side / HEADERS
-        self.headers: dict[str, str] = json.loads(headers.read_text()) if headers.is_file() else {}
-        self.layout = self._layout(table)
-
-    def _layout(self, table: tuple[Rule, ...]) -> Layout:
-        if not self.headers:
-            written = [name for rule in table for name in (*(tensor.name for tensor in rule.hf), *rule.copies)]
-            return divide([Tensor(name, self.values(name).dtype, self.values(name).shape) for name in written])
-        kept = set(self._kept.places) if self._kept else set()
-        found = {}
-        for file, text in self.headers.items():
-            found[file] = [tensor for tensor, _ in parse_header(text, file) if tensor.name in self._rules or tensor.name in kept]
-        return {file: tensors for file, tensors in found.items() if tensors}
-
-    def values(self, name: str) -> Stream:
-        """A tensor by name."""
-        if name not in self._rules:
-            return self._kept.stream(name)
-        rule = self._rules[name]
-        source = self._checkpoint.stream(rule, self._addresses)
-        index = next((i for i, tensor in enumerate(rule.hf) if tensor.name == name), 0)
-        shape = rule.hf[index].shape
-        if isinstance(rule.operation, Rename):
-            return Rows(name, source, 0, shape)
-        if isinstance(rule.operation, ConcatRows):
-            return Rows(name, source, index * shape[0], shape)
-        return Computed(name, shape, source.dtype, lambda: rule.operation.split(whole(source), len(rule.hf))[index].contiguous())
-
-    def scale(self, name: str) -> Stream | None:
-        """The scales that a weight had when it was FP8."""
-        name += fp8.SCALE_SUFFIX
-        return self._kept.stream(name) if self._kept and name in self._kept.places else None
-
-
-def open_model(source: Path, side: Path | None = None) -> HFFolder | MegatronFolder:
-    """A checkpoint of either format."""
-    is_megatron = any((folder / ".metadata").is_file() for folder in (source, source / torch_dist.RELEASE))
-    return MegatronFolder(source, side) if is_megatron else HFFolder(source)
-
-
-def model_config(folder: Path) -> dict[str, Any]:
-    """config.json of the model whatever its weights' format. Raises ValueError for a file or a format that is not read here."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{file}: missing; give the folder the model came from")
-    try:
-        hf = json.loads(file.read_text())
-    except ValueError:
-        raise ValueError(f"{file}: damaged, not JSON; download it again") from None
-    if not isinstance(hf, dict):
-        raise ValueError(f"{file}: not a configuration but a {type(hf).__name__}; download it again")
-    quantization = hf.pop("quantization_config", None)
-    if quantization is not None:
-        for key in ("quant_method", "weight_block_size"):
-            if quantization.get(key) != fp8.QUANTIZATION[key]:
-                raise ValueError(
-                    f"{file}: quantization_config.{key} = {quantization.get(key)!r} is not read; only block FP8 of 128 x 128 is"
-                )
-    return hf
 
 
 def _to_hf(what: str, model: HFFolder | MegatronFolder, *, to: To) -> Plan:
@@ -272,16 +164,7 @@ def _description(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in COPIED and file.name != HEADERS]
 
 
-def _values(folder: Folder, name: str) -> Stream:
-    stream = folder.stream(name)
-    if stream.dtype != fp8.DTYPE:
-        return stream
-    if name + fp8.SCALE_SUFFIX not in folder.places:
-        raise ValueError(f"{stream.path}: tensor {name} is FP8 and {name + fp8.SCALE_SUFFIX} is missing; download it again")
-    return Dequantized(stream, folder.stream(name + fp8.SCALE_SUFFIX))
-
-
-def _pieces(rule: Rule, values: list[Stream], address: torch_dist.Address, layout: torch_dist.Layout) -> list[Output]:
+def _pieces(rule: Rule, values: list[Stream], address: torch_dist.Address, *, layout: torch_dist.Layout) -> list[Output]:
     """A Megatron tensor's places; rows that are joined stay pieces of their own, which needs no tensor in memory."""
     if not isinstance(rule.operation, Rename | ConcatRows):
         values = [joined(rule.megatron, rule.operation.join, values)]
@@ -296,10 +179,6 @@ def _pieces(rule: Rule, values: list[Stream], address: torch_dist.Address, layou
         outputs.append(Output(name, f"{torch_dist.RELEASE}/{file}", offset, stream))
         row += rows
     return outputs
-
-
-def _names(rule: Rule) -> list[str]:
-    return [*(tensor.name for tensor in rule.hf), *rule.copies, *rule.aliases]
 
 
 def _check_shapes(rule: Rule, folder: Folder) -> None:

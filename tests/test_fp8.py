@@ -1,0 +1,103 @@
+"""Block FP8 is DeepSeek's, to the bit, and its codes come back from bf16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_r1.weights import fp8
+
+SHAPES = [(576, 300), (128, 128), (130, 7), (1, 1), (256, 1024), (127, 129)]
+
+
+def codes(*shape: int) -> torch.Tensor:
+    """Random codes, every one but NaN."""
+    drawn = torch.randint(0, 254, shape, dtype=torch.uint8)
+    return (drawn + (drawn >= 127).to(torch.uint8)).view(fp8.DTYPE)
+
+
+def by_loop(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The definition: each block times its scale in float32, one rounding."""
+    result = torch.empty(weight.shape, dtype=torch.bfloat16)
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            where = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+            result[where] = (weight[where].to(torch.float32) * scale[i, j]).to(torch.bfloat16)
+    return result
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.dtype.itemsize]
+    return a.dtype == b.dtype and torch.equal(a.view(kind), b.view(kind))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dequantised_is_a_float32_product_rounded_once(shape):
+    weight, scale = codes(*shape), torch.rand(fp8.scale_shape(shape)) * 1e-3
+    assert same_bits(fp8.dequantize(weight, scale), by_loop(weight, scale))
+
+
+def test_nan_codes_become_nan_and_minus_zero_stays():
+    weight = torch.tensor([[0x7F, 0xFF, 0x80, 0x00]], dtype=torch.uint8).view(fp8.DTYPE)
+    found = fp8.dequantize(weight, torch.ones(1, 1))
+    assert found[0, :2].isnan().all()
+    assert found[0, 2:].view(torch.int16).tolist() == [-0x8000, 0]
+
+
+def test_every_code_comes_back_from_bf16_at_every_scale_that_is_accepted():
+    all_codes = torch.tensor([c for c in range(256) if c & 127 != 127], dtype=torch.uint8)
+    weight = all_codes.view(fp8.DTYPE).repeat(128 * 64, 1)[:, :128].contiguous()
+    negative = all_codes.view(fp8.DTYPE).repeat(128 * 64, 1)[:, 126:].contiguous()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        exponents = torch.randint(-117, 118, (64, 1), generator=generator).double()
+        scale = ((1 + torch.rand((64, 1), generator=generator).double()) * 2**exponents).float()
+        scale[:2, 0] = torch.tensor([fp8.SMALLEST_SCALE, fp8.LARGEST_SCALE])
+        for part in (weight, negative):
+            fp8.check("weight", part, scale)
+            found, kept = fp8.quantize(fp8.dequantize(part, scale), scale)
+            assert same_bits(found, part)
+            assert same_bits(kept, scale)
+
+
+def test_beyond_those_scales_codes_are_lost_and_the_check_says_so():
+    weight = torch.arange(1, 127, dtype=torch.uint8).view(fp8.DTYPE)[None]
+    for exponent in (-130, 122):
+        scale = torch.full((1, 1), 2.0**exponent)
+        assert not same_bits(fp8.quantize(fp8.dequantize(weight, scale), scale)[0], weight)
+        with pytest.raises(ValueError, match="a block's scale is"):
+            fp8.check("w", weight, scale)
+    with pytest.raises(ValueError, match="a block's scale is 0"):
+        fp8.check("w", weight, torch.zeros(1, 1))
+    fp8.check("w", torch.zeros(1, 5).to(fp8.DTYPE), torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_new_scale_is_the_largest_magnitude_over_448(shape):
+    weight = torch.randn(shape).bfloat16()
+    found, scale = fp8.quantize(weight)
+    assert scale.shape == fp8.scale_shape(shape)
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            block = weight[128 * i : 128 * i + 128, 128 * j : 128 * j + 128].float()
+            assert scale[i, j] == block.abs().max() / 448
+            assert same_bits(found[128 * i : 128 * i + 128, 128 * j : 128 * j + 128].contiguous(), (block / scale[i, j]).to(fp8.DTYPE))
+
+
+def test_only_the_blocks_that_changed_get_a_new_scale():
+    weight, scale = codes(256, 384), torch.rand(2, 3) * 1e-3 + 1e-5
+    values = fp8.dequantize(weight, scale)
+    values[130, 300] *= 3
+    found, now = fp8.quantize(values, scale)
+    same = torch.ones(2, 3, dtype=torch.bool)
+    same[1, 2] = False
+    assert torch.equal(now == scale, same)
+    assert same_bits(found[:128].contiguous(), weight[:128].contiguous())
+    error = (fp8.dequantize(found, now).float() - values.float()).abs()
+    assert (error <= values.float().abs() / 16 + now.repeat_interleave(128, 0).repeat_interleave(128, 1) * 2**-10 + 1e-12).all()
+
+
+def test_a_block_of_zeros_stays_zeros():
+    found, scale = fp8.quantize(torch.zeros(128, 128).bfloat16())
+    assert not found.float().any()
+    assert (fp8.dequantize(found, scale) == 0).all()
