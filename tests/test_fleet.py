@@ -5,7 +5,7 @@ A fake engine plays the servers here; tests/test_rollout.py and tests/test_loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -20,7 +20,9 @@ class FakeEngine:
     def __init__(self, lose: Sequence[int]) -> None:
         self.lose, self.calls, self.updates, self.asked = lose, 0, [], []
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, list[Completion]]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, *, stop: Callable[[], bool]
+    ) -> Iterator[tuple[int, list[Completion]]]:
         self.calls += 1
         self.asked.append([request.key for request in requests])
         done = requests[:1] if self.calls in self.lose else requests

@@ -65,6 +65,18 @@ def test_groups_arrive_one_by_one(server):
     assert generate(server.engine, requests()[:1])
 
 
+def test_a_request_to_stop_aborts_what_still_runs(server):
+    put(server, server.old, 1)
+    noted = threading.Event()
+    many = [Request(i, [3, 4, 5], seed=i) for i in range(100)]
+    arrived = []
+    for key, _ in server.engine.generate(many, SamplingParams(max_tokens=8, n=16), stop=noted.is_set):
+        arrived.append(key)
+        noted.set()
+    assert len(arrived) == 1
+    assert generate(server.engine, requests()[:1]), "the server goes on"
+
+
 def test_an_update_changes_logprobs_to_the_trainer_s_and_so_does_the_next(server):
     server.engine.bucket_bytes = 1 << 16  # many buckets, layers split over them
     for version, model in enumerate((server.old, server.new, server.old), start=1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -41,6 +41,11 @@ class SamplingParams:
             raise ValueError(f"sampling.temperature = {self.temperature}, top_p = {self.top_p}: need temperature >= 0 and 0 < top_p <= 1")
 
 
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt. Completion i of n samples with seed + i: the same tokens whatever server, batch or moment it runs in."""
@@ -66,8 +71,13 @@ class RolloutEngine(Protocol):
     def wait_ready(self, limit_seconds: float) -> None:
         """Return once every server answers."""
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, list[Completion]]]:
-        """Yield (key, its n completions) as each request finishes, in any order; EngineLost at the end if some never can."""
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, *, stop: Callable[[], bool] = never
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Yield (key, its n completions) as each request finishes, in any order; EngineLost at the end if some never can.
+
+        `stop` is asked every second; once it says so the rest is aborted.
+        """
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Give every server new weights, by their Hugging Face names, and drop caches of the old ones."""

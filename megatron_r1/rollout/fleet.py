@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from megatron_r1.mcore import distributed
-from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, RolloutEngine, SamplingParams
+from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, RolloutEngine, SamplingParams, never
 from megatron_r1.types import Microbatch, Problem, Sample
 
 MAX_RECOVERIES = 3  # of one generate call, before the run stops
@@ -68,19 +68,21 @@ class Fleet:
         sampling: SamplingParams,
         *,
         on_sample: Callable[[Sample], None] = lambda sample: None,
+        stop: Callable[[], bool] = never,
     ) -> list[Sample]:
         """`sampling.n` completions of each of this group's prompts, in the prompts' order; on its leader, else nothing.
 
-        `on_sample` is called as each completion arrives, so that verifiers overlap generation. Collective.
+        `on_sample` is called as each completion arrives, so that verifiers overlap generation. Once `stop` says so, what has
+        not arrived is aborted and left out. Collective.
         """
         leads = distributed.is_model_parallel_leader()
         requests = {i: Request(i, ids, seed=self._seed_of(problem)) for i, (problem, ids) in enumerate(prompts)} if leads else {}
         done: dict[int, list[Sample]] = {}
         for _ in range(MAX_RECOVERIES + 1):
             self.sync()
-            lost = self._collect(requests, sampling, done, prompts=prompts, on_sample=on_sample)
+            lost = self._collect(requests, sampling, done, prompts=prompts, on_sample=on_sample, stop=stop)
             if not distributed.any_rank(lost):
-                return [sample for i in requests for sample in done[i]]
+                return [sample for i in requests for sample in done.get(i, ())]
             self.version = -1  # a server came back empty, so all of them get the weights again
         raise EngineError(f"rollout.urls: servers were lost {MAX_RECOVERIES + 1} times in one rollout; see their logs in <run.dir>/logs")
 
@@ -95,11 +97,12 @@ class Fleet:
         *,
         prompts: Sequence[tuple[Problem, list[int]]],
         on_sample: Callable[[Sample], None],
+        stop: Callable[[], bool],
     ) -> bool:
         """Generate what `done` lacks, into `done`; whether servers were lost on the way."""
         missing = [request for key, request in requests.items() if key not in done]
         try:
-            for key, completions in self.engine.generate(missing, sampling) if missing else ():
+            for key, completions in self.engine.generate(missing, sampling, stop=stop) if missing else ():
                 problem, prompt_ids = prompts[key]
                 done[key] = [to_sample(problem, prompt_ids, c, index=i) for i, c in enumerate(completions)]
                 for sample in done[key]:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_r1.rollout import wire
-from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, SamplingParams
+from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, SamplingParams, never
 from megatron_r1.rollout.servers import ServerDown, Servers
 from megatron_r1.rollout.weight_transfer import make_sender
 
 BUCKET_BYTES = 256 << 20
+STOP_SECONDS = 1.0  # how often to ask whether to stop
 NO_VERSION = -1  # a server's own weights, before any update
 Group = tuple[int, list[Completion]]
 
@@ -62,8 +63,8 @@ class VLLMServers:
             self.sender.close()
         self.servers.close()
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[Group]:
-        """Yield (key, completions) as each request finishes. Closing the iterator early aborts what still runs."""
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams, *, stop: Callable[[], bool] = never) -> Iterator[Group]:
+        """Yield (key, completions) as each request finishes. Closing the iterator early, or `stop`, aborts what still runs."""
         if sampling.n > self.max_num_seqs:
             raise ValueError(f"n = {sampling.n} completions: more than rollout.max_num_seqs = {self.max_num_seqs}; raise it")
         arrived: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
@@ -71,8 +72,16 @@ class VLLMServers:
         run = self.servers.submit(self._generate(waiting, sampling, arrived.put))
         run.add_done_callback(lambda _: arrived.put(None))
         try:
-            while (group := arrived.get()) is not None:  # bounded: every call that the loop makes has its limit
+            while not stop():  # bounded: every call that the loop makes has its limit
+                try:
+                    group = arrived.get(timeout=STOP_SECONDS)
+                except queue.Empty:
+                    continue
+                if group is None:
+                    break
                 yield group
+            else:
+                return
             run.result()
         finally:
             run.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from megatron_r1.mcore.policy import Policy
 from megatron_r1.metrics import Metrics, Record, Stopwatch, progress
 from megatron_r1.packing import TokenSequence, pack, plan
 from megatron_r1.problem import Problem
-from megatron_r1.rollout.engine import SamplingParams
+from megatron_r1.rollout.engine import SamplingParams, never
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.vllm_server import VLLMServers
 from megatron_r1.scoring import Scorer
@@ -118,8 +119,13 @@ def make_fleet(config: StageConfig, policy: Policy, hf: dict[str, Any]) -> Fleet
     return Fleet(engine, policy, canary=canary, tolerance=r.canary_tolerance, seed=config.run.seed)
 
 
-def roll_out(parts: Parts, problems: list[Problem], sampling: SamplingParams, *, watch: Stopwatch) -> list[Sample]:
-    """`sampling.n` scored completions of each problem, in the problems' order; all of them on every rank. Collective."""
+def roll_out(
+    parts: Parts, problems: list[Problem], sampling: SamplingParams, *, watch: Stopwatch, stop: Callable[[], bool] = never
+) -> list[Sample]:
+    """`sampling.n` scored completions of each problem, in the problems' order; all of them on every rank. Collective.
+
+    Only those that had arrived once `stop` says so on a rank; ask whether all agreed before using them.
+    """
     mine = problems[distributed.dp_rank() :: distributed.dp_size()]
     prompts = [(problem, parts.chat.prompt_ids(problem)) for problem in mine]
 
@@ -130,7 +136,7 @@ def roll_out(parts: Parts, problems: list[Problem], sampling: SamplingParams, *,
             parts.scorer.submit(sample)
             advance(1)
 
-        samples = parts.fleet.generate(prompts, sampling, on_sample=on_sample)
+        samples = parts.fleet.generate(prompts, sampling, on_sample=on_sample, stop=stop)
     with watch.phase("verify"):
         if parts.scorer is not None:
             parts.scorer.collect(samples)

@@ -42,7 +42,7 @@ def main(config: GRPOConfig) -> None:
         batch = problems.take(config.batch.problems)
         with watch.phase("sync"):
             parts.fleet.sync()
-        samples = common.roll_out(parts, batch, sampling(config, parts), watch=watch)
+        samples = common.roll_out(parts, batch, sampling(config, parts), watch=watch, stop=parts.stop.is_noted)
         if parts.stop.agreed():
             problems.load_state_dict(cursor)  # this rollout is not trained on; a resumed run samples it again
             break
