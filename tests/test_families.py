@@ -13,6 +13,7 @@ from families import FAMILIES, KIMI_K2, LLAMA3, MOONLIGHT, config, random_config
 from mcore_runs import Run
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
+from test_checkpoint import resumed, unbroken
 from test_parity import packed_logits
 from test_parity import write_model as write_v3
 from test_policy import Result, assert_same
@@ -202,3 +203,11 @@ def test_models_of_v3s_shape_under_other_names_are_v3(hf, tmp_path):
     with torch.no_grad():
         expected = torch.cat([reference(i[None]).logits[0] for i in ids])
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("family", "layout"), [("qwen2", "PP2"), ("qwen3_moe", "EP2")])
+def test_a_run_goes_on_from_a_checkpoint_of_another_layout(family, layout, tmp_path):
+    hf = config(family, vocab_size=320, **VARIANTS[family])
+    expected = run_ranks(2, unbroken, Parallel(**LAYOUTS["TP2"][1]), str(tmp_path), hf)[0]
+    found = run_ranks(2, resumed, Parallel(**LAYOUTS[layout][1]), str(tmp_path), hf)[0]
+    assert_same((found["metrics"], found["weights"]), (expected["metrics"], expected["weights"]))
