@@ -6,6 +6,7 @@ name it is whole. A ledger says what is done: a run that was killed goes on from
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -26,8 +27,10 @@ from megatron_r1.weights.ledger import read as read_ledger
 from megatron_r1.weights.progress import Progress
 from megatron_r1.weights.streams import Files, Stream, height, is_finite, row_bytes, tensor_bytes
 
-RUN_BYTES = 2**22  # of a tensor at a time: large for the disk, small for the cache
+RUN_BYTES = 2**20  # of a tensor at a time: enough for the disk, little for the cache
 SETTLE_BYTES = 2**29  # written between two entries in the ledger
+AHEAD = 64  # tasks that are handed out, so that the workers go on while the disk settles
+MALLOC = {"trim threshold": (-1, 2**30), "mmap threshold": (-3, 2**30), "arenas": (-8, 1)}  # of mallopt(3), by its numbers
 BASE_BYTES = 350 * 2**20  # Python and torch
 
 
@@ -83,7 +86,7 @@ class Plan:
     def peak_bytes(self, workers: int) -> int:
         """Memory it needs at most, estimated: a few runs of rows a worker, or the largest tensor that is made whole."""
         largest = max((_held_bytes(o.stream) for task in self.tasks for o in task.outputs), default=0)
-        return BASE_BYTES + workers * (12 * RUN_BYTES + largest) + 3 * sum(map(len, self.small.values()))
+        return BASE_BYTES + workers * (32 * RUN_BYTES + largest) + 3 * sum(map(len, self.small.values()))
 
     def describe(self, workers: int) -> str:
         """What --dry-run prints."""
@@ -176,9 +179,10 @@ def _write_all(plan: Plan, partial: Path, ledger: Ledger, *, workers: int, allow
         unsettled.clear()
 
     torch.set_num_threads(1)
+    _keep_freed_memory()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for lines in _in_any_order(pool, work, todo, ahead=2 * workers):
+            for lines in _in_any_order(pool, work, todo, ahead=AHEAD):
                 unsettled += lines
                 if sum(line.bytes for line in unsettled) > SETTLE_BYTES:
                     settle()
@@ -257,6 +261,13 @@ def _held_bytes(stream: Stream) -> int:
     if source is not None:
         return _held_bytes(source)
     return 3 * math.prod(stream.shape) * stream.dtype.itemsize if hasattr(stream, "make") else 0
+
+
+def _keep_freed_memory() -> None:
+    """Let a run of rows have the memory of the one before. Else glibc gives it back, and clearing pages takes half of the time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
+    for option, value in MALLOC.values() if mallopt else ():
+        mallopt(option, value)
 
 
 def _settle_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ The scale of `name` is stored as `name_scale_inv`. Odd sizes end in smaller bloc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -22,6 +23,7 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-117, 2.0**118
 DTYPE = torch.float8_e4m3fn
 QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
 NAN_CODE = 127
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}  # to compare all values, NaN too
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -41,7 +43,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = to
     values = bits.view(torch.float16).float()
     if has_nan(codes):
         values.masked_fill_((codes.view(torch.uint8) & NAN_CODE) == NAN_CODE, math.nan)
-    _by_block(values, scale.float() * 256, torch.mul)
+    _by_block(values, scale.float() * 256, torch.mul, out=values)
     return values.to(dtype)
 
 
@@ -52,16 +54,18 @@ def quantize(weight: torch.Tensor, kept: torch.Tensor | None = None) -> tuple[to
           so that a weight that nobody changed gets its bytes back
     """
     values = weight.float()
-    scale = (_largest(values) / LARGEST).clamp_(min=SMALLEST_SCALE)
     if kept is None:
+        scale = (_largest(values) / LARGEST).clamp_(min=SMALLEST_SCALE)
         return _encode(values, scale), scale
     codes = _encode(values, kept.float())
-    wrong = dequantize(codes, kept, weight.dtype).view(_bits(weight.dtype)) != weight.view(_bits(weight.dtype))
-    changed = _largest(wrong.float()) > 0
-    if changed.any():
-        scale = torch.where(changed, scale.to(kept.dtype), kept)
-        return _encode(values, scale.float()), scale
-    return codes, kept
+    bits = BITS[weight.dtype]
+    explained = dequantize(codes, kept, weight.dtype).view(bits)
+    if torch.equal(explained, weight.view(bits)):
+        return codes, kept
+    changed = _largest((explained != weight.view(bits)).float()) > 0
+    scale = (_largest(values) / LARGEST).clamp_(min=SMALLEST_SCALE).to(kept.dtype)
+    scale = torch.where(changed, scale, kept)
+    return _encode(values, scale.float()), scale
 
 
 def check(name: str, codes: torch.Tensor, scale: torch.Tensor) -> None:
@@ -82,32 +86,28 @@ def has_nan(codes: torch.Tensor) -> bool:
 
 
 def _encode(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Codes of values / scale, the nearest one; beyond the largest code it is that one."""
-    scaled = values.clone()
-    _by_block(scaled, torch.where(scale == 0, 1.0, scale), torch.div)
-    return scaled.clamp_(-LARGEST, LARGEST).to(DTYPE)
+    """Codes of values / scale, the nearest one; NaN where that is beyond the largest code."""
+    scaled = torch.empty_like(values)
+    _by_block(values, torch.where(scale == 0, 1.0, scale), torch.div, out=scaled)
+    return scaled.to(DTYPE)
 
 
-def _by_block(values: torch.Tensor, scale: torch.Tensor, operation: object) -> None:
-    """values = operation(values, scale of the block), in place."""
+def _by_block(values: torch.Tensor, scale: torch.Tensor, operation: Callable[..., torch.Tensor], *, out: torch.Tensor) -> None:
+    """out = operation(values, scale of the block)."""
     rows, columns = values.shape
     wide = scale.repeat_interleave(BLOCK, dim=1)[:, :columns]
     whole = rows // BLOCK * BLOCK
     if whole:
-        blocks = values[:whole].view(-1, BLOCK, columns)
-        operation(blocks, wide[: whole // BLOCK, None], out=blocks)
+        operation(values[:whole].view(-1, BLOCK, columns), wide[: whole // BLOCK, None], out=out[:whole].view(-1, BLOCK, columns))
     if whole < rows:
-        operation(values[whole:], wide[-1], out=values[whole:])
+        operation(values[whole:], wide[-1], out=out[whole:])
 
 
 def _largest(values: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of each block."""
     rows, columns = values.shape
     down, across = scale_shape(values.shape)
-    padded = torch.nn.functional.pad(values, (0, across * BLOCK - columns, 0, down * BLOCK - rows))
-    by_column = padded.view(down, BLOCK, -1).aminmax(dim=1)
-    return torch.maximum(by_column.max, -by_column.min).view(down, across, BLOCK).amax(2)
-
-
-def _bits(dtype: torch.dtype) -> torch.dtype:
-    return {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    padded = values
+    if (rows, columns) != (down * BLOCK, across * BLOCK):
+        padded = torch.nn.functional.pad(values, (0, across * BLOCK - columns, 0, down * BLOCK - rows))
+    return padded.abs().view(down, BLOCK, -1).amax(1).view(down, across, BLOCK).amax(2)  # torch's amax over both is far slower

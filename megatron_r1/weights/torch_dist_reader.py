@@ -102,13 +102,18 @@ class Pieces:
         """Read from every file that has some of it. Raises ValueError where nobody wrote a part."""
         values, filled = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype), 0
         for piece, first, last in self._overlapping(start, stop):
-            part = torch.empty((last - first, *piece.size[1:]), dtype=self.dtype)
+            rectangle = (
+                slice(first - start, last - start),
+                *(slice(a, a + n) for a, n in zip(piece.first[1:], piece.size[1:], strict=True)),
+            )
+            target = values[rectangle]
+            part = target if target.is_contiguous() else torch.empty(target.shape, dtype=self.dtype)
             row = first - piece.first[0] + piece.number * piece.size[0]
             path = self.folder / piece.info.relative_path
             values_offset = _values_offset(path, piece.info.offset, piece.info.length)
             self.files.read(path, values_offset + row * row_bytes(part), part)
-            across = tuple(slice(a, a + n) for a, n in zip(piece.first[1:], piece.size[1:], strict=True))
-            values[(slice(first - start, last - start), *across)] = part
+            if part is not target:
+                target.copy_(part)
             filled += part.numel()
         if filled != values.numel():
             raise ValueError(f"{self.folder}: tensor {self.name} has parts that no file holds; write or copy the checkpoint again")
