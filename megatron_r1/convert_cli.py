@@ -9,12 +9,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_r1.weights import conversion, plans
-
 
 def main(argv: list[str]) -> int:
     """Run one of the commands; returns the exit code. Raises ValueError with one line for what a user can mend."""
     arguments = _parser().parse_args(argv)
+    from megatron_r1.weights import conversion, plans  # torch, which -h can do without
+
     if arguments.command == "compare":
         from megatron_r1.weights.compare import compare
 
