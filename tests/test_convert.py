@@ -138,7 +138,7 @@ def test_a_conversion_that_is_killed_goes_on_to_the_same_bytes(v3, tmp_path):
 def interrupted(source: Path, target: Path, monkeypatch) -> None:
     """Half of a conversion: the disk fails."""
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -211,6 +211,17 @@ def repeat_a_name_in_a_header(folder: Path) -> None:
     shard(folder).write_bytes(data[: 8 + length].replace(f'"{b}"'.encode(), f'"{a}"'.encode()) + data[8 + length :])
 
 
+def edit_header(folder: Path, old: bytes, new: bytes) -> None:
+    shard(folder).write_bytes(shard(folder).read_bytes().replace(old, new))
+
+
+def shift_a_tensor(folder: Path) -> None:
+    data = shard(folder).read_bytes()
+    entries = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    start, end = max(entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__")
+    edit_header(folder, f"[{start},{end}]".encode(), f"[{start - 2},{end - 2}]".encode().ljust(len(f"[{start},{end}]")))
+
+
 def edit_config(folder: Path, **changes: object) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -234,6 +245,8 @@ BROKEN = {
     "index is not one": (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "not an index of the form"),
     "index names too much": (lose_a_tensor, "is missing though model.safetensors.index.json says it is there"),
     "two shards have it": (repeat_a_tensor, "is in model-00001-of-00003.safetensors, too|is here and not where"),
+    "header without offsets": (lambda folder: edit_header(folder, b"data_offsets", b"data_offsetz"), "entry .* is not one"),
+    "tensors overlap": (shift_a_tensor, "overlaps"),
     "twice in a header": (repeat_a_name_in_a_header, "is there twice"),
     "NaN": (put_nan, "holds NaN or infinity; use --allow-nan"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: missing"),

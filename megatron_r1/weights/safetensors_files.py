@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,27 @@ def parse_header(text: str, where: str) -> list[tuple[Tensor, int]]:
         raise ValueError(f"{where}: damaged, its header is not JSON; download it again") from None
     base, found = LENGTH_BYTES + len(text.encode()), []
     for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{where}: tensor {name} has dtype {entry['dtype']}, which is not read here; use one of {', '.join(DTYPES)}")
-        tensor, (start, end) = Tensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"])), entry["data_offsets"]
-        if end - start != tensor.nbytes:
-            raise ValueError(f"{where}: tensor {name} has {end - start} bytes, its shape {tensor.shape} needs {tensor.nbytes}; damaged")
-        found.append((tensor, base + start))
-    return sorted(found, key=lambda one: one[1])
+        if name != "__metadata__":
+            tensor, start = _entry(name, entry, where)
+            found.append((tensor, base + start))
+    found.sort(key=lambda one: one[1])
+    for (before, start), (after, offset) in pairwise(found):
+        if offset != start + before.nbytes:
+            raise ValueError(f"{where}: tensor {after.name} overlaps {before.name} or leaves a hole; damaged, download it again")
+    return found
+
+
+def _entry(name: str, entry: Any, where: str) -> tuple[Tensor, int]:
+    try:
+        kind, shape, (start, end) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{where}: the header's entry for {name} is not one; damaged, download it again") from None
+    if kind not in DTYPES:
+        raise ValueError(f"{where}: tensor {name} has dtype {kind}, which is not read here; use one of {', '.join(DTYPES)}")
+    tensor = Tensor(name, DTYPES[kind], shape)
+    if end - start != tensor.nbytes:
+        raise ValueError(f"{where}: tensor {name} has {end - start} bytes, its shape {shape} needs {tensor.nbytes}; damaged")
+    return tensor, start
 
 
 def read_header(file: Path) -> str:
