@@ -115,6 +115,21 @@ def test_transformers_reads_an_exported_model(v3, tmp_path):
     assert AutoConfig.from_pretrained(quantized).quantization_config["quant_method"] == "fp8"
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_transformers_reads_an_fp8_model_as_the_values_that_it_stands_for(family, tmp_path):
+    """Without a GPU it dequantises; whole blocks only, so not even the published V3 with its 576 rows."""
+    from transformers import AutoModelForCausalLM
+
+    whole_blocks = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "moe_intermediate_size": 128}
+    write(tmp_path / "source", config(family) | whole_blocks)
+    quantized = convert(plans.fp8_cast(tmp_path / "source", to="fp8"), tmp_path / "fp8")
+    cast = convert(plans.fp8_cast(quantized, to="bf16"), tmp_path / "bf16")
+    found, report = AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.bfloat16, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    expected = AutoModelForCausalLM.from_pretrained(cast, dtype=torch.bfloat16).state_dict()
+    assert not [name for name, value in found.state_dict().items() if not torch.equal(value, expected[name])]
+
+
 def test_a_ledger_says_what_was_written_and_finds_what_was_changed(v3, tmp_path):
     megatron = convert(plans.hf_to_megatron(v3), tmp_path / "megatron")
     assert conversion.verify(megatron) == len((megatron / WHOLE).read_text().splitlines()) - 1
