@@ -3,6 +3,9 @@
     python -m megatron_r1 demo                                            R1 in miniature, on this machine
     python -m megatron_r1 {sft,grpo,eval} CONFIG.toml [section.key=value ...]
     python -m megatron_r1 convert {hf-to-megatron,megatron-to-hf,fp8-cast,compare,verify} ...
+    python -m megatron_r1 plan {sft,grpo,eval} CONFIG.toml ...            check a config; print what it comes to
+    python -m megatron_r1 serve CONFIG.toml rollout.host=NODE ...         a cluster node's vLLM servers
+    python -m megatron_r1 status RUN                                      where a run stands
     python -m megatron_r1 doctor                                          what is installed, and what is missing
 
 Run by hand it starts the servers and ranks of this machine; run by srun or torchrun (RANK is set) it is one rank.
@@ -15,7 +18,15 @@ import os
 import sys
 
 USAGE_ERROR = 2  # exit code of every mistake a user can mend; its message is one line
-COMMANDS = ("demo", "sft", "grpo", "eval", "convert", "doctor")
+STAGES = {"sft": "sft", "grpo": "grpo", "eval": "evaluate"}  # command -> file in stages/
+TOOLS = {  # command -> module and its function of the arguments, which returns the exit code
+    "demo": ("demo", "demo"),
+    "convert": ("convert_cli", "main"),
+    "plan": ("cluster", "plan"),
+    "serve": ("cluster", "serve"),
+    "status": ("status", "status"),
+    "doctor": ("doctor", "doctor"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,34 +46,32 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(command: str, arguments: list[str]) -> int:
     """Dispatch; heavy imports happen only in the process that needs them."""
-    if command not in COMMANDS:
-        raise ValueError(f"command {command!r}: no such command; use one of {', '.join(COMMANDS)}")
-    if command == "doctor":
-        from megatron_r1.doctor import doctor
-
-        return doctor()
-    if command == "convert":
-        from megatron_r1 import convert_cli
-
-        return convert_cli.main(arguments)
-    if command == "demo":
-        from megatron_r1.demo import demo
-
-        return demo(arguments)
+    if command in TOOLS:
+        module, function = TOOLS[command]
+        return getattr(importlib.import_module(f"megatron_r1.{module}"), function)(arguments)
+    if command not in STAGES:
+        raise ValueError(f"command {command!r}: no such command; use one of {', '.join([*TOOLS, *STAGES])}")
     if not arguments:
         raise ValueError(f"{command}: give a config file, as in: python -m megatron_r1 {command} configs/tiny_{command}.toml")
     from megatron_r1.config import load
 
     config = load(command, arguments[0], arguments[1:])
     if "RANK" in os.environ:
-        module = {"eval": "evaluate"}.get(command, command)
-        importlib.import_module(f"megatron_r1.stages.{module}").main(config)
+        check_ranks(config.parallel.world_size)
+        importlib.import_module(f"megatron_r1.stages.{STAGES[command]}").main(config)
         return 0
     from megatron_r1.checks import check
     from megatron_r1.launch import launch
 
     check(config)
     return launch(command, config)
+
+
+def check_ranks(world_size: int) -> None:
+    """The job has as many ranks as the config's layout is for."""
+    started = int(os.environ["WORLD_SIZE"])
+    if started != world_size:
+        raise ValueError(f"parallel.world_size = {world_size}: {started} ranks were started; set it to {started} or start {world_size}")
 
 
 if __name__ == "__main__":

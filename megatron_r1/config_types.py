@@ -21,6 +21,7 @@ class Section(BaseModel):
 
 class Run(Section):
     dir: str = "runs/default"  # everything the run writes
+    stall_minutes: Annotated[float, Field(ge=0.0)] = 0.0  # no new step for so long: every rank logs its stacks and ends; 0 = wait
     seed: NonNegative = 1
 
 
@@ -78,8 +79,11 @@ class Data(Section):
 class Rollout(Section):
     """The vLLM servers. With `urls` empty the launcher starts `servers` of them on this machine."""
 
-    servers: Count = 1
+    servers: Count = 1  # on one machine
     urls: list[str] = []
+    host: str = "127.0.0.1"  # the address servers listen on; on a cluster the node's name (slurm/grpo.sh sets it)
+    port: NonNegative = 0  # of the first server, the others follow; 0 = free ones
+    vllm_args: list[str] = []  # further flags of `vllm serve`, as ["--enable-expert-parallel"]
     weight_transfer: Literal["gloo", "nccl", "ipc", "file"] = "gloo"
     canary_tolerance: Positive = 1e-4  # max abs log-prob difference of server and trainer; fp32 measures 3e-6
     max_num_seqs: Count = 256  # concurrent sequences a server

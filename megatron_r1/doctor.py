@@ -40,8 +40,13 @@ def apex() -> str:
     return "found"
 
 
-def doctor() -> int:
-    """Print the table; returns 0 when a run can start, else 1."""
+def doctor(arguments: list[str]) -> int:
+    """Print the table, or with `--versions` one line of them to compare nodes by; returns 0 when a run can start, else 1."""
+    if arguments == ["--versions"]:
+        print(f"python={platform.python_version()}", *(f"{names[0]}={version(names)}".replace(" ", "") for names, _ in PACKAGES))
+        return 0
+    if arguments:
+        raise ValueError(f"doctor {arguments[0]!r}: no such option; use --versions or none")
     import torch
 
     print(f"python               {platform.python_version()}, {os.cpu_count()} cores")

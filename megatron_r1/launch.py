@@ -29,6 +29,13 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def devices(server: int, *, servers: int) -> dict[str, str]:
+    """The environment that gives one of a machine's servers its share of the GPUs; empty where none are named."""
+    named = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    share = len(named) // servers
+    return {"CUDA_VISIBLE_DEVICES": ",".join(named[server * share :][:share])} if share else {}
+
+
 class Servers:
     """The vLLM servers of this machine. They start in the background; the trainer waits for them when it first needs them."""
 
@@ -39,7 +46,7 @@ class Servers:
         self.restarts = 0
         self.processes: list[ServerProcess] = []
         for i in range(0 if r.urls or not config.needs_rollouts else r.servers):
-            port = free_port()
+            port = r.port + i if r.port else free_port()
             argv, env = server_command(
                 config.model.path,
                 port=port,
@@ -49,8 +56,10 @@ class Servers:
                 kv_cache_bytes=r.kv_cache_mib << 20,
                 tensor_parallel_size=r.tensor_parallel_size,
                 weight_transfer=r.weight_transfer,
+                extra=["--host", r.host, *r.vllm_args],
             )
-            self.processes.append(ServerProcess(argv, env, port=port, log_file=logs / f"server{i}.log"))
+            env |= devices(i, servers=r.servers)
+            self.processes.append(ServerProcess(argv, env, host=r.host, port=port, log_file=logs / f"server{i}.log"))
         self.urls = r.urls or [p.url for p in self.processes]
 
     def __enter__(self) -> Servers:

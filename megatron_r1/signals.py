@@ -1,18 +1,23 @@
-"""SIGTERM and SIGUSR1 mean: save and end. Slurm sends them before a time limit."""
+"""SIGTERM, SIGUSR1 and a file named `stop` in the run's folder mean: save and end. Slurm sends signals before a time limit."""
 
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from types import FrameType
 
 from megatron_r1.mcore import distributed
 
 
 class StopRequest:
-    """Notes the signal on whichever rank got it; all ranks agree on the answer at the same point of the step."""
+    """Notes what was asked of this rank; all ranks agree on the answer at the same point of the step.
 
-    def __init__(self) -> None:
+    `file` is looked for by one rank, which has one; the others give None.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
         self._noted = False
+        self._file = file
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
@@ -21,8 +26,8 @@ class StopRequest:
 
     def is_noted(self) -> bool:
         """Whether this rank was asked to stop."""
-        return self._noted
+        return self._noted or (self._file is not None and self._file.exists())
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Collective."""
-        return distributed.any_rank(self._noted)
+        return distributed.any_rank(self.is_noted())

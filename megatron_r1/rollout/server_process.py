@@ -111,9 +111,9 @@ def die_with_parent() -> None:
 class ServerProcess:
     """A server under supervision. `start` returns at once; errors carry the line of the log that says why."""
 
-    def __init__(self, argv: Sequence[str], env: dict[str, str], *, port: int, log_file: Path) -> None:
-        self.argv, self.env, self.port, self.log_file = list(argv), env, port, log_file
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, argv: Sequence[str], env: dict[str, str], *, host: str = "127.0.0.1", port: int, log_file: Path) -> None:
+        self.argv, self.env, self.host, self.port, self.log_file = list(argv), env, host, port, log_file
+        self.url = f"http://{host}:{port}"
         self.process: subprocess.Popen[bytes] | None = None
         self.log_start = 0  # where this start's lines begin in the log
         self.started = 0.0
@@ -128,7 +128,7 @@ class ServerProcess:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", self.port))
+                probe.bind((self.host, self.port))
             except OSError as error:
                 raise ValueError(f"port {self.port}: in use ({error.strerror}); end the process that holds it or take another") from error
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ class ServerProcess:
 
     def healthy(self) -> bool:
         """One request to /health."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2.0)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=2.0)
         try:
             connection.request("GET", "/health")
             return connection.getresponse().status == 200

@@ -31,6 +31,14 @@ class ServerDown(EngineError):
     """A server does not answer any more, or answers that its engine is dead."""
 
 
+class NotReady(EngineError):
+    """Servers that did not answer in time."""
+
+    def __init__(self, message: str, *, missing: Sequence[str]) -> None:
+        super().__init__(message)
+        self.missing = list(missing)
+
+
 class Servers:
     """Calls to one or all of `urls`. `call` is for coroutines run by `submit`, `all` for ordinary code."""
 
@@ -88,7 +96,7 @@ class Servers:
         return self.submit(calls())
 
     def wait_ready(self, limit_seconds: float, urls: Sequence[str] | None = None) -> None:
-        """Block until all (or these) servers answer /health; EngineError names those that do not within the limit."""
+        """Block until all (or these) servers answer /health; NotReady names those that do not within the limit."""
         missing = list(self.urls if urls is None else urls)
 
         async def poll() -> None:
@@ -105,7 +113,7 @@ class Servers:
             self.submit(bounded()).result()
         except TimeoutError as error:
             hint = "raise rollout.start_timeout_seconds or look at the server's log"
-            raise EngineError(f"{', '.join(missing)}: not ready after {limit_seconds:g} s; {hint}") from error
+            raise NotReady(f"{', '.join(missing)}: not ready after {limit_seconds:g} s; {hint}", missing=missing) from error
 
     def close(self) -> None:
         """End the thread and what it still waits for."""

@@ -2,7 +2,8 @@
 
 Requests go one a group of n completions; a server that finishes one takes the next, so that none waits for the slowest.
 A server that dies is left out and its requests go to the others. One that was restarted has no weights: it is left out too,
-until the next `update_weights` finds it. When none is left, EngineLost names the requests to generate again after that.
+until the next `update_weights` finds it; one that is not back by then is gone, until it answers again. When none is left,
+EngineLost names the requests to generate again after that.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from megatron_r1.rollout import wire
 from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, SamplingParams, never
-from megatron_r1.rollout.servers import ServerDown, Servers
+from megatron_r1.rollout.servers import NotReady, ServerDown, Servers
 from megatron_r1.rollout.weight_transfer import make_sender
 
 BUCKET_BYTES = 256 << 20
@@ -54,6 +55,7 @@ class VLLMServers:
         self.pause, self.own_weights = pause, own_weights
         self.bucket_bytes = BUCKET_BYTES
         self.version: int | None = None  # what this client last sent
+        self.lost: list[str] = []  # servers that did not come back in time, as when their node is gone
 
     def wait_ready(self, limit_seconds: float) -> None:
         self.servers.wait_ready(limit_seconds)
@@ -159,7 +161,11 @@ class VLLMServers:
             self.sender.send(bucket)
 
     def _reconnect(self) -> None:
-        """Before the first update, and when a server died or was restarted: wait for all, and open the transfer to all anew."""
+        """Before the first update, and when a server died, was restarted or is back: wait for them, and open the transfer anew."""
+        health = self.servers.submit(self._answering(self.lost)).result()
+        back = [url for url, answers in zip(self.lost, health, strict=True) if answers]
+        self.lost = [url for url in self.lost if url not in back]
+        self.servers.urls += back
 
         async def holds(url: str) -> str | None:
             try:
@@ -171,9 +177,23 @@ class VLLMServers:
             return await asyncio.gather(*map(holds, self.servers.urls))
 
         if any(version != str(self.version) for version in self.servers.submit(held()).result()):
-            self.servers.wait_ready(self.start_limit_seconds)
+            self._wait()
             sizes = [reply["world_size"] for reply in self.servers.all("/get_world_size", method="GET").result()]
             self.sender.connect(sizes)
+
+    async def _answering(self, urls: Sequence[str]) -> list[bool]:
+        return await asyncio.gather(*map(self.servers.healthy, urls))
+
+    def _wait(self) -> None:
+        """For every server; the run goes on without those that are not there in time, as long as one is."""
+        try:
+            self.servers.wait_ready(self.start_limit_seconds)
+        except NotReady as error:
+            self.servers.urls = [url for url in self.servers.urls if url not in error.missing]
+            if not self.servers.urls:
+                raise
+            self.lost += error.missing
+            print(f"going on with {len(self.servers.urls)} servers: {error}", flush=True)
 
     def logprobs_of(self, token_ids: Sequence[int]) -> list[list[float]]:
         """Each server's log-probs at temperature 1 of token_ids[1:]."""

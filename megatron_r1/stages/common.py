@@ -25,9 +25,11 @@ from megatron_r1.rollout.vllm_server import VLLMServers
 from megatron_r1.scoring import Scorer
 from megatron_r1.signals import StopRequest
 from megatron_r1.types import Microbatch, Sample
+from megatron_r1.watchdog import Watchdog
 from megatron_r1.weights import shard
 
 CANARY_TOKENS = 48
+DONE, STOP = "done", "stop"  # files in the run's folder: it is done; save and end, please
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Parts:
     chat: Chat
     metrics: Metrics
     stop: StopRequest
+    watchdog: Watchdog
     fleet: Fleet | None
     scorer: Scorer | None  # on the leader of each model-parallel group
     problems: data.Dataset[Problem] | None
@@ -51,9 +54,14 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
     hf = checks.check_model(config)
     parallel = checks.layout(config)
     distributed.init(parallel, seed=config.run.seed, timeout_minutes=config.parallel.timeout_minutes)
-    stop = StopRequest()
+    watchdog = Watchdog(config.run.stall_minutes)
+    watchdog.feed()
     folder = Path(config.run.dir)
-    lock = hold(folder) if distributed.rank() == 0 else None
+    stop = StopRequest(folder / STOP if distributed.rank() == 0 else None)
+    lock = None
+    if distributed.rank() == 0:
+        lock = hold(folder)
+        (folder / DONE).unlink(missing_ok=True)
     policy = Policy(hf, parallel, training=training(config, steps=steps, train_mtp=train_mtp), seed=config.run.seed)
     if config.model.init == "weights":
         policy.load_hf(config.model.path)
@@ -69,7 +77,7 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
         if distributed.is_model_parallel_leader():
             r = config.rewards
             scorer = Scorer(r.weights, workers=r.workers, timeout_seconds=r.timeout_seconds, options=r.options)
-    return Parts(folder, lock, policy, chat, metrics, stop, fleet, scorer, problems, held_out)
+    return Parts(folder, lock, policy, chat, metrics, stop, watchdog, fleet, scorer, problems, held_out)
 
 
 def hold(folder: Path) -> TextIO:
@@ -189,15 +197,18 @@ def save(config: StageConfig, parts: Parts, cursor: data.Dataset) -> None:
 
 
 def finish(config: StageConfig, parts: Parts, cursor: data.Dataset, *, done: bool) -> None:
-    """Save where the run stands, export the model if the stage is done, and let go of everything. Collective."""
+    """Save where the run stands, export the model and mark the run `done` if it is, and let go of everything. Collective."""
     if checkpoint.latest_step(parts.folder / "checkpoints") != parts.policy.step:
         save(config, parts, cursor)
     if done and config.checkpoint.export:
         target = parts.folder / "hf"
         shard.save(parts.policy.chunks, parts.policy.hf, folder=target, source_folder=config.model.path, overwrite=True)
         say(f"exported {target}")
-    elif not done:
-        say(f"saved at step {parts.policy.step} and ended on request; start the same command again to go on")
+    if done and distributed.rank() == 0:
+        (parts.folder / DONE).write_text(f"{parts.policy.step}\n")
+    if not done:
+        first = f"delete {parts.folder / STOP}, then " if (parts.folder / STOP).exists() else ""
+        say(f"saved at step {parts.policy.step} and ended on request; {first}start the same command again to go on")
     close(parts)
 
 
@@ -208,6 +219,7 @@ def close(parts: Parts) -> None:
     if parts.fleet is not None:
         parts.fleet.engine.close()
     parts.metrics.close()
+    parts.watchdog.close()
     distributed.shutdown()
 
 

@@ -37,6 +37,7 @@ def main(config: GRPOConfig) -> None:
             metrics.log(0, common.held_out_record(config, parts))
 
     while policy.step < config.steps:
+        parts.watchdog.feed()
         before, watch = policy.step, Stopwatch()
         cursor = problems.state_dict()
         batch = problems.take(config.batch.problems)

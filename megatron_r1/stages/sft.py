@@ -24,6 +24,7 @@ def main(config: SFTConfig) -> None:
         metrics.log(0, common.held_out_record(config, parts))
 
     while policy.step < config.steps and not parts.stop.agreed():
+        parts.watchdog.feed()
         before, watch = policy.step, Stopwatch()
         sequences = dataset.take(config.batch_size)
         with watch.phase("train"):

@@ -1,0 +1,68 @@
+"""What slurm/*.sh ask of the program beside the ranks: a checked plan before anything starts, and a node's vLLM servers.
+
+    python -m megatron_r1 plan  {grpo,sft} CONFIG.toml [section.key=value ...]    check; print the effective config
+    python -m megatron_r1 serve CONFIG.toml rollout.host=NODE rollout.port=8000   run this node's servers of a GRPO run
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from megatron_r1 import config as configuration
+from megatron_r1.checks import check, data_parallel_size
+from megatron_r1.config_types import STAGES, GRPOConfig, StageConfig
+from megatron_r1.launch import POLL_SECONDS, Servers
+
+
+def plan(arguments: list[str]) -> int:
+    """Print the effective config as TOML, headed by what it comes to; raises ValueError with one line where it cannot work."""
+    if len(arguments) < 2 or arguments[0] not in STAGES:
+        raise ValueError(f"plan: give a stage ({', '.join(STAGES)}) and a config file, as in: plan grpo configs/tiny_grpo.toml")
+    stage, file, *overrides = arguments
+    config = configuration.load(stage, file, overrides)
+    check(config)
+    print("\n".join(f"# {line}" for line in layout(config)), configuration.dump(config), sep="\n", end="")
+    return 0
+
+
+def layout(config: StageConfig) -> list[str]:
+    """The sizes that follow from the config, one line each."""
+    p, data_parallel = config.parallel, data_parallel_size(config)
+    stages = p.virtual_pipeline_model_parallel_size
+    lines = [
+        f"{p.world_size} trainer ranks = {p.tensor_model_parallel_size} tensor x {p.pipeline_model_parallel_size} pipeline"
+        f"{f' ({stages} chunks each)' if stages else ''} x {data_parallel} data; {p.expert_model_parallel_size} expert"
+    ]
+    if isinstance(config, GRPOConfig):
+        b = config.batch
+        outputs = b.problems * b.completions
+        lines.append(
+            f"a rollout: {b.problems} problems x {b.completions} = {outputs} outputs -> {b.minibatches} optimizer steps of "
+            f"{outputs // b.minibatches}; {config.steps} steps = {config.steps // b.minibatches} rollouts"
+        )
+    return lines
+
+
+def serve(arguments: list[str]) -> int:
+    """Run a node's vLLM servers until SIGTERM, restarting those that die; exits with 2 when one dies too often."""
+    if not arguments:
+        raise ValueError("serve: give the config of the GRPO run, as in: serve configs/tiny_grpo.toml rollout.host=node7 rollout.port=8000")
+    config = configuration.load("grpo", arguments[0], arguments[1:])
+    logs = Path(config.run.dir) / "logs" / config.rollout.host
+    asked = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    with Servers(config, logs) as servers:
+        print("serving", *servers.urls, flush=True)
+        while not asked:
+            servers.keep_alive()
+            time.sleep(POLL_SECONDS)
+    return 0

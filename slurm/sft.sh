@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=sft
+#SBATCH --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --exclusive --mem=0
+#SBATCH --time=24:00:00 --signal=B:USR1@900
+#SBATCH --no-requeue
+#SBATCH --output=slurm-%x-%j.out
+# SFT on TRAIN_NODES nodes (all of the job's unless given); what is left is spare.
+#
+#   TRAIN_NODES=16 sbatch -J cold_start --nodes=17 slurm/sft.sh configs/r1_cold_start_sft.toml [section.key=value ...]
+. "${SLURM_SUBMIT_DIR:-$PWD}/slurm/env.sh"
+TRAIN_NODES=${TRAIN_NODES:-${#HOSTS[@]}}
+set -- "$@" run.dir="$RUN" parallel.world_size=$((TRAIN_NODES * GPUS))
+if [ "${#HOSTS[@]}" -lt "$TRAIN_NODES" ]; then say "TRAIN_NODES = $TRAIN_NODES: more than the job's ${#HOSTS[@]} nodes; raise --nodes"; exit 2; fi
+plan sft "$@"
+successor slurm/sft.sh "${@:1:$#-2}"
+preflight "$TRAIN_NODES"
+(train sft "$(join "${HOSTS[@]:0:TRAIN_NODES}")" "$@") & T=$!
+supervise
