@@ -1,0 +1,48 @@
+"""The cluster presets fit the model they are for; what a job's plan says and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_r1 import checks, cluster, config, models
+
+ROOT = Path(__file__).resolve().parents[1]
+V3 = json.loads((ROOT / "configs/models/deepseek_v3/config.json").read_text())
+TINY = ROOT / "configs/models/tiny_v3"
+PRESETS = {"grpo": (256, 32 * 8), "sft": (512, 64 * 8)}
+
+
+def tiny_plan(*overrides: str) -> int:
+    return cluster.plan(["grpo", str(ROOT / "configs/tiny_grpo.toml"), f"model.path={TINY}", "model.init=random", *overrides])
+
+
+def test_deepseek_v3_is_a_model_this_builds():
+    models.family(V3).check(V3)
+    assert (V3["num_hidden_layers"], V3["n_routed_experts"], V3["vocab_size"]) == (61, 256, 129280)
+
+
+@pytest.mark.parametrize("stage", PRESETS)
+def test_a_preset_of_64_nodes_fits_deepseek_v3(stage):
+    settings = config.load(stage, ROOT / f"configs/v3_671b_{stage}.toml")
+    checks.check_layout(settings, V3)
+    checks.check_rollout(settings.model_copy(update={"rollout": settings.rollout.model_copy(update={"weight_transfer": "gloo"})}), V3)
+    ranks, gpus = PRESETS[stage]
+    assert settings.parallel.world_size == ranks == gpus
+    if stage == "grpo":
+        checks.check_batch(settings)
+
+
+def test_a_plan_prints_the_effective_config_under_what_it_comes_to(tmp_path, capsys):
+    assert tiny_plan(f"run.dir={tmp_path}") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("# 2 trainer ranks = 1 tensor x 1 pipeline x 2 data; 2 expert\n# a rollout: 32 problems x 16 = 512 outputs")
+    (tmp_path / "again.toml").write_text(said)
+    assert config.load("grpo", tmp_path / "again.toml").run.dir == str(tmp_path)
+
+
+def test_a_plan_refuses_a_layout_that_does_not_fit(tmp_path):
+    with pytest.raises(ValueError, match=r"parallel\.expert_model_parallel_size = 2.*not 3"):
+        tiny_plan(f"run.dir={tmp_path}", "parallel.world_size=3")
