@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from megatron_r1 import models, parallel, plugins
-from megatron_r1.config_types import GRPOConfig, SFTConfig, StageConfig
+from megatron_r1.config_stages import GRPOConfig, SFTConfig, StageConfig
 
 
 def check(config: StageConfig) -> None:

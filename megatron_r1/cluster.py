@@ -13,7 +13,7 @@ from types import FrameType
 
 from megatron_r1 import config as configuration
 from megatron_r1.checks import check, data_parallel_size
-from megatron_r1.config_types import STAGES, GRPOConfig, StageConfig
+from megatron_r1.config_stages import STAGES, GRPOConfig, StageConfig
 from megatron_r1.launch import POLL_SECONDS, Servers
 
 

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_r1.config_types import STAGES, StageConfig
+from megatron_r1.config_stages import STAGES, StageConfig
 
 Tree = dict[str, Any]
 

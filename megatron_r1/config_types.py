@@ -1,10 +1,10 @@
-"""Every setting there is, with its unit and default. Defaults of GRPO are R1-Zero's (Nature 645, 633; Methods)."""
+"""Every section of a config and its settings, with unit and default. Defaults of GRPO are R1-Zero's (Nature 645, 633; Methods)."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -83,6 +83,9 @@ class Rollout(Section):
     urls: list[str] = []
     host: str = "127.0.0.1"  # the address servers listen on; on a cluster the node's name (slurm/grpo.sh sets it)
     port: NonNegative = 0  # of the first server, the others follow; 0 = free ones
+    nodes: Count = 1  # that one server spans (SERVER_NODES of slurm/grpo.sh), for models larger than a node
+    node_rank: NonNegative = 0  # of this node among them; slurm/grpo.sh sets it, and:
+    head: str = ""  # the first of them, which alone answers requests
     vllm_args: list[str] = []  # further flags of `vllm serve`, as ["--enable-expert-parallel"]
     weight_transfer: Literal["gloo", "nccl", "ipc", "file"] = "gloo"
     canary_tolerance: Positive = 1e-4  # max abs log-prob difference of server and trainer; fp32 measures 3e-6
@@ -152,65 +155,3 @@ class Logging(Section):
     tensorboard: bool = True
     console_every: Count = 10  # SFT: optimizer steps a console line
     completions: NonNegative = 4  # sample completions a step in TensorBoard's text tab
-
-
-class StageConfig(Section):
-    """What every training stage has."""
-
-    run: Run = Run()
-    model: Model
-    parallel: Layout = Layout()
-    optimizer: Optimizer = Optimizer()
-    data: Data = Data()
-    rollout: Rollout = Rollout()
-    sampling: Sampling = Sampling()
-    rewards: Rewards = Rewards()
-    evaluation: Evaluation = Evaluation()
-    checkpoint: Checkpoint = Checkpoint()
-    logging: Logging = Logging()
-    chat_template: bool = True  # false: the prompt is the text alone
-
-    @property
-    def needs_rollouts(self) -> bool:
-        """Whether servers must run beside the trainer."""
-        return self.evaluation.problems > 0
-
-
-class SFTConfig(StageConfig):
-    steps: Count  # optimizer steps
-    batch_size: Count = 128  # conversations an optimizer step (R1: 128)
-    chunk_tokens: Count = 32_768
-
-
-class GRPOConfig(StageConfig):
-    steps: Count = 10_400  # optimizer steps; R1-Zero's
-    batch: Batch = Batch()
-    algorithm: Algorithm = Algorithm()
-    reference_refresh_steps: NonNegative = 400  # reference <- policy every so many optimizer steps; 0 = never
-
-    @property
-    def needs_rollouts(self) -> bool:
-        return True
-
-    @model_validator(mode="after")
-    def _batch_sizes_fit(self) -> GRPOConfig:
-        b = self.batch
-        outputs = b.problems * b.completions
-        if outputs % b.minibatches:
-            raise ValueError(
-                f"batch.minibatches = {b.minibatches}: must divide the {outputs} outputs of a rollout (problems x completions)"
-            )
-        if b.completions < 2:
-            raise ValueError("batch.completions = 1: a group of one has no advantage; use 2 or more (R1: 16)")
-        steps = b.minibatches * b.inner_epochs
-        for name, value in (("steps", self.steps), ("reference_refresh_steps", self.reference_refresh_steps)):
-            if value % steps:
-                raise ValueError(f"{name} = {value}: must be a multiple of the {steps} optimizer steps of a rollout")
-        return self
-
-
-class EvalConfig(StageConfig):
-    pass
-
-
-STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "grpo": GRPOConfig, "eval": EvalConfig}

@@ -15,7 +15,7 @@ from rich.table import Table
 from megatron_r1 import config as configuration
 from megatron_r1 import data
 from megatron_r1.checks import check
-from megatron_r1.config_types import StageConfig
+from megatron_r1.config_stages import StageConfig
 from megatron_r1.launch import Servers, run_ranks
 from megatron_r1.worked_examples import conversations
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_r1.config import dump
-from megatron_r1.config_types import StageConfig
+from megatron_r1.config_stages import StageConfig
+from megatron_r1.config_types import Rollout
 from megatron_r1.rollout.server_process import ServerProcess, die_with_parent, server_command
 
 POLL_SECONDS = 0.1
@@ -34,6 +35,14 @@ def devices(server: int, *, servers: int) -> dict[str, str]:
     named = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     share = len(named) // servers
     return {"CUDA_VISIBLE_DEVICES": ",".join(named[server * share :][:share])} if share else {}
+
+
+def spanning(rollout: Rollout) -> list[str]:
+    """vLLM's flags for a server whose workers are on several nodes; its other nodes compute and answer no requests."""
+    if rollout.nodes == 1:
+        return []
+    flags = ["--nnodes", str(rollout.nodes), "--node-rank", str(rollout.node_rank), "--master-addr", rollout.head]
+    return [*flags, *(["--headless"] if rollout.node_rank else [])]
 
 
 class Servers:
@@ -56,7 +65,7 @@ class Servers:
                 kv_cache_bytes=r.kv_cache_mib << 20,
                 tensor_parallel_size=r.tensor_parallel_size,
                 weight_transfer=r.weight_transfer,
-                extra=["--host", r.host, *r.vllm_args],
+                extra=["--host", r.host, *spanning(r), *r.vllm_args],
             )
             env |= devices(i, servers=r.servers)
             self.processes.append(ServerProcess(argv, env, host=r.host, port=port, log_file=logs / f"server{i}.log"))

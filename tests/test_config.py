@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1 import config
-from megatron_r1.config_types import GRPOConfig
+from megatron_r1.config_stages import GRPOConfig
 
 MINIMAL = '[model]\npath = "m"\n'
 

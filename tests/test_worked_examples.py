@@ -11,7 +11,13 @@ from megatron_r1.rewards import accuracy, format
 
 @pytest.mark.parametrize(
     ("prompt", "reasoning"),
-    [("25 + 47", "5+7=12 2+4+1=7"), ("10 + 20", "0+0=0 1+2=3"), ("99+1", "9+1=10 9+0+1=10"), ("946 + 905", "6+5=11 4+0+1=5 9+9=18"), ("8 + 95", "8+5=13 0+9+1=10")],
+    [
+        ("25 + 47", "5+7=12 2+4+1=7"),
+        ("10 + 20", "0+0=0 1+2=3"),
+        ("99+1", "9+1=10 9+0+1=10"),
+        ("946 + 905", "6+5=11 4+0+1=5 9+9=18"),
+        ("8 + 95", "8+5=13 0+9+1=10"),
+    ],
 )
 def test_columns_are_added_with_their_carry(prompt: str, reasoning: str):
     assert worked_examples.solution(prompt).startswith(f"<think>{reasoning}</think>")

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from megatron_r1 import checks, data
 from megatron_r1.chat import Chat
-from megatron_r1.config_types import StageConfig
+from megatron_r1.config_stages import StageConfig
 from megatron_r1.evaluation import evaluate
 from megatron_r1.mcore import checkpoint, distributed
 from megatron_r1.mcore.optimizer import Training

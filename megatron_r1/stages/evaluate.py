@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_r1.config_types import EvalConfig
+from megatron_r1.config_stages import EvalConfig
 from megatron_r1.stages import common
 
 

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from megatron_r1 import plugins, summary
-from megatron_r1.config_types import GRPOConfig
+from megatron_r1.config_stages import GRPOConfig
 from megatron_r1.mcore.policy import Policy
 from megatron_r1.metrics import Record, Stopwatch
 from megatron_r1.packing import TokenSequence

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from megatron_r1 import data
 from megatron_r1.algorithms import sft
-from megatron_r1.config_types import SFTConfig
+from megatron_r1.config_stages import SFTConfig
 from megatron_r1.metrics import Stopwatch
 from megatron_r1.stages import common
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,13 @@ def require_slurm() -> None:
         pytest.skip(f"SLURM SCRIPTS NOT TESTED: {why}")
 
 
+def open_folder() -> Path:
+    """A temporary folder that all may enter, as munged asks of its socket's."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    folder.chmod(0o755)
+    return folder
+
+
 class Cluster:
     """`folder` holds its state; every job runs in ROOT, as from a clone, and writes to a folder of its own."""
 
@@ -45,6 +53,7 @@ class Cluster:
 
     def __exit__(self, *error: object) -> None:
         subprocess.run([HERE / "down.sh", self.folder], check=False, capture_output=True, timeout=60)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, *argv: str, check: bool = True, **env: str) -> str:
         """The output of a command on the login node."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import ROOT, Cluster, losses, output, require_slurm
+from cluster import ROOT, Cluster, losses, open_folder, output, require_slurm
 
 pytestmark = pytest.mark.slow
 
@@ -48,9 +48,9 @@ SIZES = {"TRAIN_NODES": "2", "ROLLOUT_NODES": "1"}
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     require_slurm()
-    folder = tmp_path_factory.mktemp("slurm")
+    folder = open_folder()
     (folder / "grpo.toml").write_text(CONFIG.format(model=ROOT / "configs/models/tiny_v3"))
     with Cluster(folder, nodes=4, gpus=1) as cluster:
         yield cluster
