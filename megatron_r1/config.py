@@ -2,8 +2,8 @@
 
     python -m megatron_r1 grpo configs/tiny_grpo.toml optimizer.lr=1e-4 run.seed=2
 
-A file may begin with `base = "other.toml"` (relative to itself) and then says only what differs. Model shapes live in the
-checkpoint's config.json and are never repeated here.
+A file may begin with `base = "other.toml"` (relative to itself) and then says only what differs; of a list of bases a later
+one wins. Model shapes live in the checkpoint's config.json and are never repeated here.
 """
 
 from __future__ import annotations
@@ -57,8 +57,11 @@ def _read(path: Path, trail: tuple[Path, ...]) -> Tree:
         tree = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
-    base = tree.pop("base", None)
-    return tree if base is None else _merge(_read(path.parent / str(base), (*trail, path)), tree)
+    base = tree.pop("base", [])
+    below: Tree = {}
+    for name in base if isinstance(base, list) else [base]:
+        below = _merge(below, _read(path.parent / str(name), (*trail, path)))
+    return _merge(below, tree)
 
 
 def _merge(below: Tree, above: Tree) -> Tree:

@@ -83,4 +83,18 @@ class EvalConfig(StageConfig):
     pass
 
 
+class PipelineConfig(Section):
+    """Stages one after the other (stages/pipeline.py has their graph); paths are as seen from where the command runs."""
+
+    dir: str  # each stage's folder is in it
+    seed: NonNegative = 1  # of every stage
+    base: str  # the base model's Hugging Face folder
+    student: str = ""  # the model that the distillation trains
+    stages: dict[str, str]  # name of the graph -> its config; those that are not here are left out
+    evaluation: str = ""  # a config of `eval`, run on the base model and on what each stage makes; "" = no evaluation
+    job: dict[str, str] = {}  # name -> settings of its Slurm job, as "NODES=66 TRAIN_NODES=64" (slurm/pipeline.sh)
+    first: str = ""  # begin with this stage; "" = the first
+    last: str = ""  # end with this one; "" = the last
+
+
 STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "grpo": GRPOConfig, "eval": EvalConfig}

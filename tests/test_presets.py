@@ -1,0 +1,123 @@
+"""The presets against the papers' numbers, written out here a second time: Nature 645, 633 and arXiv 2501.12948v2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_r1 import config
+from megatron_r1.config_stages import GRPOConfig, StageConfig
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RL = {  # Nature, Methods: of R1-Zero and of both RL stages of R1
+    "optimizer.lr": 3e-6,
+    "algorithm.name": "grpo",
+    "algorithm.options.kl_coefficient": 0.001,
+    "algorithm.options.clip_epsilon": 10.0,
+    "batch.problems": 512,  # 8,192 outputs a rollout / 16 a question
+    "batch.completions": 16,
+    "batch.minibatches": 16,
+    "batch.inner_epochs": 1,
+    "reference_refresh_steps": 400,
+    "sampling.max_tokens": 32768,
+}
+SFT = {  # B.4.2
+    "batch_size": 128,
+    "chunk_tokens": 32768,
+    "optimizer.lr": 5e-5,
+    "optimizer.min_lr": 5e-6,
+    "optimizer.lr_decay_style": "cosine",
+}
+PAPER: dict[str, tuple[str, dict[str, Any]]] = {
+    "r1_zero": (
+        "grpo",
+        RL
+        | {
+            "steps": 10400,
+            "sampling.temperature": 1.0,
+            "sampling.max_tokens_schedule": [[8200, 65536]],
+            "rewards.weights": {"accuracy": 1.0, "format": 1.0},
+        },
+    ),
+    "r1_cold_start_sft": ("sft", SFT),
+    "r1_rl_stage1": (
+        "grpo",
+        RL
+        | {
+            "sampling.temperature": 1.0,
+            "sampling.max_tokens_schedule": [],
+            "rewards.weights": {"accuracy": 1.0, "format": 1.0, "language": 1.0},
+        },
+    ),
+    "r1_rejection": ("reject", {"required": {"accuracy": 1.0}, "filters.allows_code_blocks": False}),
+    "r1_sft": ("sft", SFT | {"steps": 2 * 804_745 // 128 + 2}),  # two epochs of Table 5, in whole steps
+    "r1_rl_stage2": ("grpo", RL | {"steps": 1700, "sampling.temperature": 0.7}),
+}
+STUDENTS = {  # Table 6: the initial learning rate
+    "qwen_1_5b": ("Qwen2.5-Math-1.5B", 1e-4),
+    "qwen_7b": ("Qwen2.5-Math-7B", 8e-5),
+    "qwen_14b": ("Qwen2.5-14B", 7e-5),
+    "qwen_32b": ("Qwen2.5-32B", 6e-5),
+    "llama_8b": ("Llama-3.1-8B", 5e-5),
+    "llama_70b": ("Llama-3.3-70B-Instruct", 2e-5),
+}
+TINY = {"base": "sft", "r1_distill": "sft"} | {name: stage for name, (stage, _) in PAPER.items()}
+
+
+def value(settings: StageConfig, path: str) -> Any:
+    """What is at a dotted path."""
+    found: Any = settings
+    for part in path.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_preset_has_the_papers_numbers(name: str):
+    stage, numbers = PAPER[name]
+    settings = config.load(stage, CONFIGS / f"{name}.toml")
+    assert {path: value(settings, path) for path in numbers} == numbers
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_a_students_preset_has_the_papers_numbers(student: str):
+    base, lr = STUDENTS[student]
+    settings = config.load("sft", CONFIGS / f"r1_distill_{student}.toml")
+    assert settings.model.path.endswith(base)
+    assert (settings.batch_size, settings.chunk_tokens, settings.optimizer.lr_decay_style) == (64, 32768, "cosine")
+    assert settings.optimizer.lr == lr
+    assert settings.optimizer.min_lr == pytest.approx(lr / 10)
+
+
+def test_every_number_of_a_preset_says_where_it_is_from():
+    tags = ("[N]", "[A2]", "[V3]", "[ours]", "as are the next")
+    for name in PAPER:
+        lines = (CONFIGS / f"{name}.toml").read_text().splitlines()
+        sourced = 0
+        for line in lines:
+            key, equals, rest = line.partition(" = ")
+            number = equals and not key.startswith(("base", "path", "dir", "conversations", "jsonl", "name"))
+            covered = sourced > 0 or any(tag in line for tag in tags)
+            assert not number or covered or "rollout" in section(lines, line) or not any(c.isdigit() for c in rest), f"{name}: {line}"
+            sourced = (3 if "next three" in line else 2 if "next two" in line else sourced - 1) if number else sourced
+
+
+def section(lines: list[str], line: str) -> str:
+    """The table that a line stands in."""
+    above = [entry for entry in lines[: lines.index(line)] if entry.startswith("[")]
+    return above[-1] if above else ""
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_tiny_scale_is_the_same_recipe_by_one_base_line(name: str):
+    file = CONFIGS / "tiny" / f"{name}.toml"
+    settings = config.load(TINY[name], file)
+    assert settings.parallel.world_size == 2
+    if isinstance(settings, GRPOConfig):
+        whole = config.load("grpo", CONFIGS / f"{name}.toml")
+        assert settings.algorithm == whole.algorithm
+        assert settings.rewards.weights == whole.rewards.weights
+        assert settings.sampling.temperature == whole.sampling.temperature
+        assert settings.batch.completions == whole.batch.completions
