@@ -5,7 +5,8 @@
     python -m megatron_r1 convert {hf-to-megatron,megatron-to-hf,fp8-cast,compare,verify} ...
     python -m megatron_r1 plan {sft,grpo,eval} CONFIG.toml ...            check a config; print what it comes to
     python -m megatron_r1 serve CONFIG.toml rollout.host=NODE ...         a cluster node's vLLM servers
-    python -m megatron_r1 status RUN                                      where a run stands
+    python -m megatron_r1 status RUN                                      where a run stands, and what it cost
+    python -m megatron_r1 report RUN [RUN2 ...]                           its figures as one HTML page
     python -m megatron_r1 doctor                                          what is installed, and what is missing
 
 Run by hand it starts the servers and ranks of this machine; run by srun or torchrun (RANK is set) it is one rank.
@@ -25,6 +26,7 @@ TOOLS = {  # command -> module and its function of the arguments, which returns 
     "plan": ("cluster", "plan"),
     "serve": ("cluster", "serve"),
     "status": ("status", "status"),
+    "report": ("report", "report"),
     "doctor": ("doctor", "doctor"),
 }
 

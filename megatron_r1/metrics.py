@@ -1,6 +1,6 @@
 """One dict a step goes to TensorBoard, to metrics.jsonl and, shortened, to the console.
 
-Prefixes say where a figure comes from: reward/ policy/ rollout/ sync/ moe/ eval/ time/ perf/.
+Prefixes say where a figure comes from: reward/ policy/ rollout/ sync/ moe/ eval/ time/ perf/ cost/.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_r1 import cost, runs
+
 Record = dict[str, float]
 
 # metric -> how the console line spells it, in this order; what a record lacks is left out
 CONSOLE: tuple[tuple[str, str], ...] = (
-    ("loss", "loss {:.4f}"),
+    ("policy/loss", "loss {:.4f}"),
     ("reward/mean", "reward {:.3f}"),
     ("reward/solved", "solved {:.2f}"),
     ("reward/verifier_failures", "failed {:.0f}"),
@@ -44,15 +46,33 @@ def console_line(step: int, steps: int, record: Record) -> str:
 
 
 class Metrics:
-    """The run's record. Only the rank that writes gives a folder; on the others every call is a no-op."""
+    """The run's record. Only the rank that writes gives a folder; on the others every call is a no-op.
 
-    def __init__(self, folder: Path | None, *, steps: int, tensorboard: bool = True) -> None:
-        self.steps = steps
-        self._file = self._writer = None
+    meter    what the run's devices cost; None leaves cost/ out
+    started  time.perf_counter() at the start of what `time/between_steps` is to count; None is now
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        steps: int,
+        tensorboard: bool = True,
+        meter: cost.Meter | None = None,
+        started: float | None = None,
+    ) -> None:
+        self.steps, self.meter = steps, meter
+        self._timed_until = time.perf_counter() if started is None else started
+        self._file = self._samples = self._writer = None
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        file = folder / "metrics.jsonl"
+        runs.end_line(file)
+        if meter is not None:
+            meter.resume(runs.read_records(file))
+        self._file = file.open("a", buffering=1)
+        self._samples = folder / "completions.jsonl"
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank writes
 
@@ -62,6 +82,7 @@ class Metrics:
         """Write the record of an optimizer step everywhere; `console=False` keeps it off the console."""
         if self._file is None:
             return
+        record = self._with_cost(record)
         self._file.write(json.dumps({"step": step, "unix_time": round(time.time(), 3), **record}) + "\n")
         if self._writer is not None:
             for name, value in record.items():
@@ -69,10 +90,22 @@ class Metrics:
         if console:
             print(console_line(step, self.steps, record), flush=True)
 
-    def text(self, step: int, name: str, markdown: str) -> None:
-        """A page in TensorBoard's text tab."""
+    def _with_cost(self, record: Record) -> Record:
+        """A record that has times, with the seconds since the last such record that it does not have, and what all cost."""
+        if self.meter is None or not any(name.startswith("time/") for name in record):
+            return record
+        now = time.perf_counter()
+        between = max(0.0, now - self._timed_until - cost.seconds(record))
+        self._timed_until = now
+        record = {**record, "time/between_steps": between}
+        return {**record, **self.meter.add(record)}
+
+    def text(self, step: int, name: str, markdown: str, *, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+        """A page in TensorBoard's text tab; `rows` are the same as data, for completions.jsonl."""
         if self._writer is not None:
             self._writer.add_text(name, markdown, step)
+        if self._samples is not None and rows:
+            runs.append_bounded(self._samples, [{"step": step, **row} for row in rows])
 
     def close(self) -> None:
         for sink in (self._file, self._writer):

@@ -1,64 +1,66 @@
-"""`python -m megatron_r1 status RUN`: where a run stands, from its folder alone; and its Slurm jobs where there is a Slurm."""
+"""`python -m megatron_r1 status RUN`: where a run or a pipeline stands and what it cost, from its folder alone; and its Slurm jobs where
+there is a Slurm."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import time
-import tomllib
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megatron_r1 import cost, runs
+from megatron_r1.runs import Run
+
 RECENT = 20  # rollouts, or SFT steps, whose pace is the run's pace
-STAGES = ("grpo", "sft")
 
 
 def status(arguments: list[str]) -> int:
     """Print the table; raises ValueError for a folder that is no run's."""
     if len(arguments) != 1:
-        raise ValueError("status: give one run's folder, as in: status runs/r1_zero")
-    folder = Path(arguments[0])
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; give run.dir of a run")
+        raise ValueError("status: give one run's folder, or a pipeline's, as in: status runs/r1_zero")
+    folder, found = Path(arguments[0]), runs.find(Path(arguments[0]))
     table = Table("", "", title=str(folder), show_header=False)
-    for name, text in rows(folder):
+    for name, text in rows(found[0]) if len(found) == 1 else [(run.name, where(run)) for run in found]:
         table.add_row(name, text)
-    Console().print(table)
+    Console().print(table, costs(found))
     return 0
 
 
-def rows(folder: Path) -> list[tuple[str, str]]:
+def rows(run: Run) -> list[tuple[str, str]]:
     """(what, its value) of a run, in reading order."""
-    stage, config = effective_config(folder)
-    records = read_records(folder / "metrics.jsonl")
-    latest = folder / "checkpoints" / "latest"
-    found = [("stage", f"{stage}, {config['parallel']['world_size']} trainer ranks"), ("state", state(folder)), *jobs(folder.name)]
-    found.append(("checkpoint", latest.read_text().strip() if latest.is_file() else "none yet"))
-    if records:
-        found += progress(records, steps=config["steps"], ranks=config["parallel"]["world_size"])
-    if error := last_error(folder / "logs"):
+    latest = run.folder / "checkpoints" / "latest"
+    ranks = run.config.get("parallel", {}).get("world_size", 0)
+    found = [("stage", f"{run.stage}, {ranks} trainer ranks"), ("state", state(run.folder))]
+    found += [*jobs(run.folder.resolve().name), ("checkpoint", latest.read_text().strip() if latest.is_file() else "none yet")]
+    if run.records:
+        found += progress(run.records, steps=run.config.get("steps", 0))
+    if error := last_error(run.folder / "logs"):
         found.append(("last error", error))
     return found
 
 
-def effective_config(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The stage's name and the config of its last start."""
-    files = [f for stage in STAGES for f in [folder / f"{stage}.toml"] if f.is_file()]
-    if not files:
-        raise ValueError(f"{folder}: no {' or '.join(f'{s}.toml' for s in STAGES)} there; it is not the folder of a run")
-    newest = max(files, key=lambda f: f.stat().st_mtime)
-    return newest.stem, tomllib.loads(newest.read_text())
+def where(run: Run) -> str:
+    """One of a pipeline's runs in a line."""
+    step = int(max((r["step"] for r in run.records), default=0))
+    return f"{run.stage}, {state(run.folder)}, step {step} of {run.config.get('steps', 0)}"
 
 
-def read_records(file: Path) -> list[dict[str, float]]:
-    """All whole lines; a run may be writing the last one."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+def costs(found: list[Run]) -> Table:
+    """GPU hours and US$ of every run, as the paper's table has them of its stages."""
+    ledger = [cost.of_run(run.name, run.config, run.records) for run in found]
+    table = Table("stage", title="cost")
+    for column in ("GPUs", "GPU hours", "US$"):
+        table.add_column(column, justify="right")
+    for c in ledger:
+        table.add_row(c.name, str(c.devices), cost.number(c.gpu_hours), cost.number(c.usd))
+    if len(ledger) > 1:
+        hours, usd = cost.total(ledger)
+        table.add_row("total", "", cost.number(hours), cost.number(usd), style="bold")
+    return table
 
 
 def state(folder: Path) -> str:
@@ -76,8 +78,8 @@ def jobs(name: str) -> list[tuple[str, str]]:
     return [("job", line) for line in asked.stdout.splitlines()]
 
 
-def progress(records: list[dict[str, float]], *, steps: int, ranks: int) -> list[tuple[str, str]]:
-    """Step, reward, pace, hours so far and hours to go. A step that was done twice (after a crash) counts twice in the hours."""
+def progress(records: list[dict[str, float]], *, steps: int) -> list[tuple[str, str]]:
+    """Step, reward, pace and time to go."""
     step = int(max(r["step"] for r in records))
     timed = [r for r in records if "time/step" in r]
     found = [("step", f"{step} of {steps}, {age(time.time() - records[-1]['unix_time'])} ago")]
@@ -85,8 +87,6 @@ def progress(records: list[dict[str, float]], *, steps: int, ranks: int) -> list
         values = [(int(r["step"]), r[name]) for r in records if name in r]
         if values:
             found.append((label, f"{values[-1][1]:,.3g} at step {values[-1][0]}"))
-    if timed:
-        found.append(("rank-hours", f"{ranks * sum(r['time/step'] for r in timed) / 3600:,.2f}"))
     if len(timed) > 1 and step < steps:
         recent = timed[-RECENT:]
         a_step = median(r["time/step"] for r in recent) / max(1, (recent[-1]["step"] - recent[0]["step"]) / (len(recent) - 1))

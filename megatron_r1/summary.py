@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 from megatron_r1.metrics import Record, percentile
 from megatron_r1.types import Sample
+
+# the paper's list of reflective words (arXiv 2501.12948v2, C.2)
+WORDS = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check")
+REFLECTIVE = re.compile(rf"\b(?:{'|'.join(WORDS)})\b", re.IGNORECASE)
 
 
 def groups(samples: list[Sample]) -> list[list[Sample]]:
@@ -56,6 +62,7 @@ def rollout_record(samples: list[Sample], *, version: int) -> Record:
         "rollout/truncated": share([s.finish_reason == "length" for s in samples]),
         "rollout/staleness_max": float(max(version - s.weight_version for s in samples)),
     }
+    record |= reflective_record([s.text for s in samples])
     for title, right in (("correct", True), ("wrong", False)):
         some = [float(len(s.completion_ids)) for s in samples if (s.rewards.get("accuracy", 0.0) >= 1.0) == right]
         if some:
@@ -63,12 +70,47 @@ def rollout_record(samples: list[Sample], *, version: int) -> Record:
     return record
 
 
+def reflective_record(texts: list[str]) -> Record:
+    """rollout/ counts a completion of the paper's reflective words, all of them and "wait" alone (arXiv 2501.12948v2, C.2)."""
+    found = [[word.lower() for word in REFLECTIVE.findall(text)] for text in texts]
+    return {
+        "rollout/reflective_words": mean([float(len(words)) for words in found]),
+        "rollout/reflective_wait": mean([float(words.count("wait")) for words in found]),
+    }
+
+
+def spread(samples: list[Sample], count: int) -> list[Sample]:
+    """`count` of them, evenly from first to last."""
+    return samples[:: max(1, len(samples) // max(1, count))][:count]
+
+
 def completions_page(samples: list[Sample], count: int) -> str:
     """Markdown of `count` completions with their rewards, for TensorBoard's text tab."""
-    step = max(1, len(samples) // max(1, count))
     blocks = []
-    for s in samples[::step][:count]:
+    for s in spread(samples, count):
         scores = ", ".join(f"{name} {value:g}" for name, value in sorted(s.rewards.items()))
         failed = "".join(f"; {name} FAILED: {why}" for name, why in s.failures.items())
         blocks.append(f"**{s.problem.prompt}** (answer {s.problem.answer})\n\n```\n{s.text}\n```\n\n{scores}{failed}; {s.finish_reason}")
     return "\n\n---\n\n".join(blocks)
+
+
+def completion_rows(samples: list[Sample], count: int) -> list[dict[str, Any]]:
+    """The same completions as lines of completions.jsonl; of a long text the middle is left out."""
+    return [
+        {
+            "prompt": shortened(s.problem.prompt),
+            "answer": shortened(str(s.problem.answer)),
+            "completion": shortened(s.text),
+            "tokens": len(s.completion_ids),
+            "rewards": s.rewards,
+            "failures": s.failures,
+            "finish_reason": s.finish_reason,
+        }
+        for s in spread(samples, count)
+    ]
+
+
+def shortened(text: str, limit: int = 6000) -> str:
+    """The text, or its beginning and end with a line between that says how many characters are missing."""
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_r1 import checks, data
+from megatron_r1 import checks, cost, data
 from megatron_r1.chat import Chat
 from megatron_r1.config_stages import StageConfig
 from megatron_r1.evaluation import evaluate
@@ -51,6 +52,7 @@ class Parts:
 
 def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
     """Join the ranks and build every part; weights are the config's, not yet a checkpoint's."""
+    started = time.perf_counter()
     hf = checks.check_model(config)
     parallel = checks.layout(config)
     distributed.init(parallel, seed=config.run.seed, timeout_minutes=config.parallel.timeout_minutes)
@@ -68,7 +70,9 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
     else:
         policy.init_random()
     chat = Chat(config.model.path, chat_template=config.chat_template)
-    metrics = Metrics(folder if distributed.rank() == 0 else None, steps=steps, tensorboard=config.logging.tensorboard)
+    meter = cost.Meter(cost.devices(config.model_dump(), rollouts=config.needs_rollouts), config.run.gpu_hour_price)
+    log_folder = folder if distributed.rank() == 0 else None
+    metrics = Metrics(log_folder, steps=steps, tensorboard=config.logging.tensorboard, meter=meter, started=started)
     fleet = scorer = problems = None
     held_out: list[Problem] = []
     if config.needs_rollouts:
@@ -209,6 +213,7 @@ def finish(config: StageConfig, parts: Parts, cursor: data.Dataset, *, done: boo
     if not done:
         first = f"delete {parts.folder / STOP}, then " if (parts.folder / STOP).exists() else ""
         say(f"saved at step {parts.policy.step} and ended on request; {first}start the same command again to go on")
+    say(parts.metrics.meter.line())
     close(parts)
 
 

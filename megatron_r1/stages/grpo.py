@@ -128,5 +128,6 @@ def log(config: GRPOConfig, parts: common.Parts, updates: list[Record], *, recor
     for step, update in enumerate(updates[:-1], first):
         parts.metrics.log(step, update, console=False)
     parts.metrics.log(parts.policy.step, updates[-1] | record)
-    if config.logging.completions:
-        parts.metrics.text(parts.policy.step, "completions", summary.completions_page(samples, config.logging.completions))
+    if count := config.logging.completions:
+        page, rows = summary.completions_page(samples, count), summary.completion_rows(samples, count)
+        parts.metrics.text(parts.policy.step, "completions", page, rows=rows)
