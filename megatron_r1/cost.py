@@ -21,16 +21,15 @@ WORKERS = ("tensor", "pipeline", "data")  # the parallel sizes of a vLLM server
 SHORT = {"-tp": "tensor", "-pp": "pipeline", "-dp": "data"}
 
 
-def devices(config: Mapping[str, Any], *, rollouts: bool) -> int:
-    """The devices that a run of this effective config holds: the trainer's, and the servers' where it has rollouts.
+def devices(config: Mapping[str, Any], *, trainer: bool, rollouts: bool) -> int:
+    """The devices that a run of this effective config holds: the trainer's where it trains, the servers' where it samples.
 
-    Servers that take weights by `ipc` live on the trainer's own GPUs. A stage without a trainer or without servers of its own has no
-    such section, and none of their devices.
+    Servers that take a trainer's weights by `ipc` live on its own GPUs. A config without these sections holds none.
     """
-    trainer, r = config.get("parallel", {}).get("world_size", 0), config.get("rollout")
-    if not rollouts or r is None or r["weight_transfer"] == "ipc":
-        return trainer
-    return trainer + (len(r["urls"]) or r["servers"]) * workers(r)
+    ranks, r = config.get("parallel", {}).get("world_size", 0) if trainer else 0, config.get("rollout")
+    if not rollouts or r is None or (trainer and r["weight_transfer"] == "ipc"):
+        return ranks
+    return ranks + (len(r["urls"]) or r["servers"]) * workers(r)
 
 
 def workers(rollout: Mapping[str, Any]) -> int:
@@ -109,7 +108,9 @@ class Cost:
 def of_run(name: str, config: Mapping[str, Any], records: Iterable[Record]) -> Cost:
     """What the records of one run come to, by the effective config it left."""
     records = list(records)
-    otherwise = devices(config, rollouts=any("time/rollout" in r or "time/evaluation" in r for r in records))
+    trained = any("policy/loss" in r for r in records)
+    sampled = not trained or any("time/rollout" in r or "time/evaluation" in r for r in records)
+    otherwise = devices(config, trainer=trained, rollouts=sampled)
     held = int(max((r.get("cost/devices", otherwise) for r in records), default=otherwise))
     sums: dict[str, float] = {}
     for r in records:
@@ -126,6 +127,6 @@ def total(costs: list[Cost]) -> tuple[float, float]:
 
 def number(value: float) -> str:
     """Hours or US$ with as many digits as say something: 101,376  12.35  0.0041."""
-    if value >= 1000:
+    if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"

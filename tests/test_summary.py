@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from megatron_r1.summary import completions_page, reward_record, rollout_record
+from megatron_r1.summary import completion_rows, completions_page, reward_record, rollout_record
 from megatron_r1.types import Problem, Sample
 
 
@@ -52,3 +52,21 @@ def test_lengths_truncation_and_staleness():
 
 def test_a_page_of_completions_shows_failures():
     assert "accuracy FAILED: timed out" in completions_page(SAMPLES, 6)
+
+
+def test_reflective_words_are_whole_words_in_any_case_counted_a_completion():
+    texts = ["Wait, that is wrong. wait: let me CHECK.", "Waiter, checked, butter", "However"]
+    for s, text in zip(SAMPLES, texts * 2):
+        s.text = text
+    r = rollout_record(SAMPLES, version=8)
+    assert r["rollout/reflective_words"] == pytest.approx((4 + 0 + 1) / 3)
+    assert r["rollout/reflective_wait"] == pytest.approx(2 / 3)
+
+
+def test_completions_as_data_keep_a_long_text_s_ends():
+    SAMPLES[0].text = "a" * 5000 + "b" * 5000
+    first, *_, last = completion_rows(SAMPLES, 6)
+    assert (first["completion"][0], first["completion"][-1]) == ("a", "b")
+    assert "4,000 characters left out" in first["completion"]
+    assert (last["failures"], last["rewards"], last["finish_reason"]) == ({"accuracy": "timed out"}, {}, "stop")
+    assert len(completion_rows(SAMPLES, 2)) == 2

@@ -5,12 +5,13 @@ One run: a colour for each curve. Several: a colour for each run, a dash for eac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from megatron_r1 import cost
-from megatron_r1.reporting import svg
+from megatron_r1.reporting import scale, svg
 from megatron_r1.runs import Run
 
 STEPS = "optimizer steps"
@@ -18,6 +19,7 @@ COUNTS = ("mean", "solved", "all_0_groups", "all_1_groups", "equal_groups", "ver
 CONFIDENCE = 1.96  # standard errors on either side of a mean, 95%
 LABEL = 14  # characters that a line's end has room for; longer names are in the legend alone
 CURVES = 6  # that are labelled at their ends; more are in the legend alone
+COLORS, DASHES = 8, 4  # that page.css has
 PHASES = ("rollout", "train", "logprobs", "sync", "verify", "evaluation", "between_steps", "other")  # in their colours' order
 
 
@@ -33,6 +35,15 @@ class Plan:
     log: bool = False
     top: float | None = None
     refreshes: bool = False  # mark where the reference was replaced
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric of one run."""
+
+    name: str
+    points: list[tuple[float, float]]  # (step, value)
+    half_widths: list[float] | None  # of each point's 95% interval; None where no standard error was recorded
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ PLANS = (
         smooth=False,
         top=1.0,
     ),
+    Plan("Held-out pass@1 by source", "Each benchmark by itself.", "share of problems", (("eval/*/pass@1", ""),), smooth=False, top=1.0),
     Plan(
         "Response length",
         "Tokens of the completions sampled for training. R1-Zero's grew by itself, without a reward for it.",
@@ -146,47 +158,58 @@ def figures(runs: list[Run]) -> list[Figure]:
 
 def draw(plan: Plan, runs: list[Run]) -> Figure | None:
     """One figure of all the runs; None where there is nothing to draw."""
-    found = [(run, name, points) for run in runs for name, points in curves(plan, run.records).items()]
-    if not any(len(points) > 1 for _, _, points in found):
+    found = [(run, curve) for run in runs for curve in curves(plan, run.records)]
+    if not any(len(curve.points) > 1 for _, curve in found):
         return None
-    names = list(dict.fromkeys(name for _, name, _ in found))
-    several = len({run.name for run, _, _ in found}) > 1
-    said = [f"{run.name} {name}" if several and len(names) > 1 else run.name if several else name for run, name, _ in found]
+    names = list(dict.fromkeys(curve.name for _, curve in found))
+    several = len({run.name for run, _ in found}) > 1
+    said = [f"{run.name} {c.name}" if several and len(names) > 1 else run.name if several else c.name for run, c in found]
     labelled = len(said) <= CURVES and max(map(len, said)) <= LABEL
     series = []
-    for (run, name, points), text in zip(found, said):
-        color, dash = (runs.index(run), names.index(name)) if len(runs) > 1 else (names.index(name), 0)
-        bands = half_widths(plan, name, run.records) if not plan.smooth else None
-        series.append(svg.Series(points, text if labelled else "", text, color, dash, bands, plan.smooth))
-    marks = refreshes(runs) if plan.refreshes else []
+    for (run, curve), text in zip(found, said):
+        place = names.index(curve.name)
+        color, dash = (runs.index(run), place) if len(runs) > 1 else (place, 0)
+        label = text if labelled and len(curve.points) > 1 else ""
+        series.append(svg.Series(curve.points, label, text, color % COLORS, dash % DASHES, curve.half_widths, plan.smooth))
     drawn = svg.lines(
         series,
         x_title=STEPS,
         y_title=plan.y_title,
-        marks=marks,
+        marks=refreshes(runs) if plan.refreshes else [],
         mark_title="reference replaced at step",
         log=plan.log,
         top=plan.top,
     )
-    legend = [Entry(s.color, s.dash, s.title, f"{svg.number(s.points[0][1])} \u2192 {svg.number(s.points[-1][1])}") for s in series]
-    return Figure(plan.title, plan.note, drawn, legend)
+    return Figure(plan.title, plan.note, drawn, [Entry(s.color, s.dash, s.title, change([y for _, y in s.points])) for s in series])
 
 
-def curves(plan: Plan, records: Iterable[dict[str, float]]) -> dict[str, list[tuple[float, float]]]:
-    """Each curve's (step, value) by name; of a step that was done again the last counts."""
-    found: dict[str, dict[float, float]] = {}
+def change(values: list[float]) -> str:
+    """The first and the last value."""
+    return " \u2192 ".join(scale.number(value) for value in [*values[:1], *values[1:][-1:]])
+
+
+def curves(plan: Plan, records: Iterable[dict[str, float]]) -> list[Curve]:
+    """The plan's curves that the records have; of a step that was done again the last counts."""
+    found: dict[str, dict[float, tuple[float, float | None]]] = {}
     for record in records:
-        here: dict[str, float] = {}
-        for pattern, name in plan.curves:
-            for metric in matches(pattern, record):
-                key = name or metric.partition("/")[2]
-                here[key] = max(record[metric], here.get(key, record[metric]))
-        for key, value in here.items():
-            found.setdefault(key, {})[record["step"]] = value
-    order = [name for _, name in plan.curves if name]
+        here: dict[str, tuple[float, float | None]] = {}
+        for pattern, called in plan.curves:
+            for metric in (m for m in matches(pattern, record) if math.isfinite(record[m])):
+                name = called or metric.partition("/")[2].removesuffix("/pass@1")
+                if name not in here or record[metric] > here[name][0]:
+                    here[name] = record[metric], record.get(f"{metric}_stderr")
+        for name, value in here.items():
+            found.setdefault(name, {})[record["step"]] = value
+    order = [name for _, name in plan.curves]
     names = sorted(found, key=lambda n: (order.index(n) if n in order else len(order), n))
-    points = {name: sorted(found[name].items()) for name in names}
-    return {name: p for name, p in points.items() if not plan.log or any(y > 0 for _, y in p)}
+    drawn = []
+    for name in names:
+        steps = sorted(found[name])
+        values, errors = zip(*(found[name][step] for step in steps))
+        if not plan.log or max(values) > 0:
+            half_widths = [CONFIDENCE * e for e in errors] if None not in errors else None
+            drawn.append(Curve(name, list(zip(steps, values)), half_widths))
+    return drawn
 
 
 def matches(pattern: str, record: dict[str, float]) -> list[str]:
@@ -197,14 +220,6 @@ def matches(pattern: str, record: dict[str, float]) -> list[str]:
         return []
     found = [metric for metric in record if fnmatchcase(metric, pattern) and not metric.endswith("_stderr")]
     return [m for m in found if not (pattern == "reward/*" and m.partition("/")[2] in COUNTS)]
-
-
-def half_widths(plan: Plan, name: str, records: list[dict[str, float]]) -> list[float] | None:
-    """Of a curve's 95% interval at each of its points; None where no standard error was recorded."""
-    metric = next((pattern for pattern, called in plan.curves if called == name), f"eval/{name}")
-    errors = {r["step"]: r.get(f"{metric}_stderr") for r in records if metric in r}
-    widths = [errors[step] for step in sorted(errors)]
-    return [CONFIDENCE * w for w in widths] if widths and None not in widths else None
 
 
 def refreshes(runs: list[Run]) -> list[float]:

@@ -24,7 +24,7 @@ def page(title: str, runs: list[Run], *, overlay: bool) -> str:
         parts.append("<nav>" + "".join(f'<a href="#{anchor(name)}">{escape(name)}</a>' for name, _ in groups) + "</nav>")
     if overlay:
         parts.append(tables.differences(runs))
-    parts.append(f"<h2>Results</h2>{tables.held_out(runs)}" if any(tables.last_tested(r) for r in runs) else "")
+    parts.append(f'<div class="results">{tables.held_out(runs)}</div>')
     for name, group in groups:
         heading = name if len(groups) > 1 else "Curves"
         cards = "".join(map(figure, figures(group)))

@@ -10,13 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+
+from megatron_r1.reporting import scale
 
 WIDTH, HEIGHT = 380, 228
 LEFT, TOP, BOTTOM, RIGHT = 44, 24, 36, 20
-CHARACTER = 5.7  # width of one at 10.5 px, on the wide side of the system fonts
+CHARACTER = 6.2  # width of one at 10.5 px, on the wide side of the system fonts
 LINE = 13.0  # least distance of two labels
-SMOOTH_FROM, POINTS, DOTS = 40, 240, 24  # a line is smoothed from so many points, drawn with at most so many, dotted up to so many
+SMOOTH_FROM, DOTS = 40, 24  # a line is smoothed from so many points, dotted up to so many
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def lines(
 
 def areas(layers: list[Series], *, x_title: str, y_title: str) -> str:
     """Layers that all have the same x, stacked from the first at the bottom to the last."""
-    layers = [Series(thinned(layer.points), title=layer.title, color=layer.color) for layer in layers]
+    layers = [Series(scale.thinned(layer.points, scale.POINTS // 3), title=layer.title, color=layer.color) for layer in layers]
     xs = [x for x, _ in layers[0].points]
     sums, drawn = [0.0] * len(xs), []
     tops: list[list[float]] = []
@@ -94,48 +95,6 @@ def areas(layers: list[Series], *, x_title: str, y_title: str) -> str:
     return _chart(frame, drawn, x_title=x_title, y_title=y_title)
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers from low to high."""
-    if high <= low:
-        return [low]
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def number(value: float) -> str:
-    """A figure as short as it can be said: 0  0.25  1,200  14.2k  3e-06."""
-    size = abs(value)
-    if size and size < 1e-3:
-        return f"{value:.0e}".replace("e-0", "e-")
-    if size >= 1e6:
-        return f"{value / 1e6:.3g}M"
-    if size >= 1e4:
-        return f"{value / 1e3:.3g}k"
-    return f"{value:,.0f}" if size >= 1e3 else f"{value:.3g}"
-
-
-def thinned(points: list[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
-    """At most so many points, each the mean of its neighbours; the first and the last stay what they are."""
-    if len(points) <= most:
-        return points
-    bounds = [round(i * len(points) / most) for i in range(most + 1)]
-    means = [_mean(points[a:b]) for a, b in pairwise(bounds)]
-    return [points[0], *means[1:-1], points[-1]]
-
-
-def smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The moving mean over a twelfth of the points, centred and narrower at the ends."""
-    reach = [min(len(points) // 24, i, len(points) - 1 - i) for i in range(len(points))]
-    return [(x, _mean(points[i - r : i + r + 1])[1]) for i, ((x, _), r) in enumerate(zip(points, reach))]
-
-
-def _mean(points: list[tuple[float, float]]) -> tuple[float, float]:
-    return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
-
-
 def _positive(s: Series) -> Series:
     return Series([p for p in s.points if p[1] > 0], s.label, s.title, s.color, s.dash, smooth=s.smooth)
 
@@ -148,7 +107,7 @@ def _limits(values: list[float], *, log: bool, top: float | None) -> tuple[float
     low, high = min(0.0, *values), max(values)
     if top is not None:
         return low, max(high, top)
-    grid = ticks(low, high if high > low else low + 1.0)
+    grid = scale.ticks(low, high if high > low else low + 1.0)
     step = grid[1] - grid[0] if len(grid) > 1 else 1.0
     return math.floor(low / step + 1e-9) * step, max(math.ceil(high / step - 1e-9) * step, low + step)
 
@@ -168,12 +127,12 @@ def _band(frame: Frame, s: Series) -> str:
 def _line(frame: Frame, s: Series) -> str:
     drawn, style = [], f"c{s.color} d{s.dash}"
     if s.smooth and len(s.points) >= SMOOTH_FROM:
-        drawn.append(f'<path class="raw c{s.color}" d="{_path(frame, thinned(s.points))}"/>')
-        drawn.append(f'<path class="line {style}" d="{_path(frame, thinned(smoothed(s.points)))}"/>')
+        drawn.append(f'<path class="raw c{s.color}" d="{_path(frame, scale.extremes(s.points))}"/>')
+        drawn.append(f'<path class="line {style}" d="{_path(frame, scale.thinned(scale.smoothed(s.points)))}"/>')
     else:
-        drawn.append(f'<path class="line {style}" d="{_path(frame, thinned(s.points))}"/>')
+        drawn.append(f'<path class="line {style}" d="{_path(frame, scale.thinned(s.points))}"/>')
     for x, y in s.points if len(s.points) <= DOTS else ():
-        said = escape(f"{s.title}: {number(y)} at {number(x)}")
+        said = escape(f"{s.title}: {scale.number(y)} at {scale.number(x)}")
         drawn.append(f'<circle class="dot c{s.color}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.4"><title>{said}</title></circle>')
     return "".join(drawn)
 
@@ -182,7 +141,7 @@ def _labels(frame: Frame, series: list[Series]) -> str:
     """The names at the lines' ends, moved apart where they would touch."""
     ends = []
     for s in series:
-        shown = smoothed(s.points) if s.smooth and len(s.points) >= SMOOTH_FROM else s.points
+        shown = scale.smoothed(s.points) if s.smooth and len(s.points) >= SMOOTH_FROM else s.points
         ends += [(frame.y(shown[-1][1]), s)] if s.label else []
     ends.sort(key=lambda end: end[0])
     places: list[float] = []
@@ -199,7 +158,9 @@ def _labels(frame: Frame, series: list[Series]) -> str:
 def _marks(frame: Frame, marks: Sequence[float], title: str) -> str:
     bottom = HEIGHT - BOTTOM
     inside = [x for x in marks if frame.x0 < x <= frame.x1]
-    drawn = [f'<path class="mark" d="M{frame.x(x):.1f} {TOP}V{bottom}"><title>{escape(title)} {number(x)}</title></path>' for x in inside]
+    drawn = [
+        f'<path class="mark" d="M{frame.x(x):.1f} {TOP}V{bottom}"><title>{escape(title)} {scale.number(x)}</title></path>' for x in inside
+    ]
     return "".join(drawn)
 
 
@@ -209,12 +170,14 @@ def _chart(frame: Frame, inside: list[str], *, x_title: str, y_title: str) -> st
     powers = [10.0**p for p in range(round(math.log10(frame.y0)), round(math.log10(frame.y1)) + 1)] if frame.log else []
     every = math.ceil(len(powers) / 5)
     grid = []
-    for value in powers[::every] if frame.log else ticks(frame.y0, frame.y1):
-        y = frame.y(value)
+    for value in powers[::every] if frame.log else scale.ticks(frame.y0, frame.y1):
+        y, said = frame.y(value), scale.number(value, 0.0 if frame.log else frame.y1)
         grid.append(f'<path class="rule" d="M{LEFT} {y:.1f}H{end:.1f}"/>')
-        grid.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(value)}</text>')
-    for value in ticks(frame.x0, frame.x1, 4):
-        grid.append(f'<text class="tick" x="{frame.x(value):.1f}" y="{bottom + 14}" text-anchor="middle">{number(value)}</text>')
+        grid.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{said}</text>')
+    for value in scale.ticks(frame.x0, frame.x1, 4):
+        grid.append(
+            f'<text class="tick" x="{frame.x(value):.1f}" y="{bottom + 14}" text-anchor="middle">{scale.number(value, frame.x1)}</text>'
+        )
     grid.append(f'<path class="axis" d="M{LEFT} {bottom}H{end:.1f}"/>')
     grid.append(f'<text class="axis-title" x="4" y="11">{escape(y_title)}</text>')
     grid.append(f'<text class="axis-title" x="{(LEFT + end) / 2:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>')

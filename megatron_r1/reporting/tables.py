@@ -8,8 +8,7 @@ from html import escape
 from typing import Any
 
 from megatron_r1 import cost
-from megatron_r1.reporting import svg
-from megatron_r1.reporting.figures import CONFIDENCE, Entry, phase_color, phase_name
+from megatron_r1.reporting.figures import CONFIDENCE, Entry, change, phase_color, phase_name
 from megatron_r1.runs import Run
 
 PLACES = ("run.dir",)  # settings that say where, not what
@@ -50,13 +49,14 @@ def held_out(runs: list[Run]) -> str:
     rows = []
     for run, r in tested:
         error = r.get(f"{PASS_1}_stderr")
-        interval = f" \u00b1 {CONFIDENCE * error:.3f}" if error is not None else ""
+        interval = f"<small>\u00b1 {CONFIDENCE * error:.3f}</small>" if error is not None else ""
         name = f"{run.name}, at its start" if r["step"] == 0 and len(run.records) > 1 else run.name
-        row = [escape(name), f"{r['step']:,.0f}", f"<b>{r[PASS_1]:.3f}</b>{interval}"]
+        row = [f"{escape(name)}<small>{run.stage}, step {r['step']:,.0f}</small>", f"<b>{r[PASS_1]:.3f}</b>{interval}"]
         row += [f"{r[name]:.3f}" if name in r else "" for name in votes]
         rows.append([*row, *(f"{r[n]:,.0f}" if n in r else "" for n in ("eval/length_mean", "eval/problems"))])
-    head = ["checkpoint", "step", "pass@1", *(name.removeprefix("eval/") for name in votes), "tokens", "problems"]
-    return card("Held-out accuracy by checkpoint", "Mean over samples and problems, with the 95% confidence interval.", table(head, rows))
+    head = ["checkpoint", "pass@1", *(name.removeprefix("eval/") for name in votes), "tokens", "problems"]
+    note = "pass@1: mean over samples and problems, with its 95% confidence interval. Tokens: mean length of a completion."
+    return card("Held-out accuracy by checkpoint", note, table(head, rows))
 
 
 def first_start(run: Run, runs: list[Run]) -> list[dict[str, float]]:
@@ -143,8 +143,7 @@ def tiles(runs: list[Run]) -> str:
     for label, metric in (("held-out pass@1", PASS_1), ("reward", "reward/mean"), ("tokens a response", "rollout/length_mean")):
         values = [r[metric] for r in last if metric in r]
         if values:
-            change = f"{svg.number(round(values[0], 3))} \u2192 " if len(values) > 1 else ""
-            found.append((label, f"{change}{svg.number(round(values[-1], 3))}"))
+            found.append((label, change([round(value, 3) for value in values])))
     hours, usd = cost.total([cost.of_run(run.name, run.config, run.records) for run in runs])
-    found += [("GPU hours", cost.number(hours)), ("US$", cost.number(usd))]
+    found.append((f"cost of {cost.number(hours)} GPU hours", f"US$ {cost.number(usd)}"))
     return f'<div class="tiles">{"".join(f"<div class=tile><span>{escape(n)}</span><b>{escape(v)}</b></div>" for n, v in found)}</div>'

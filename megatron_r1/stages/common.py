@@ -70,7 +70,7 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
     else:
         policy.init_random()
     chat = Chat(config.model.path, chat_template=config.chat_template)
-    meter = cost.Meter(cost.devices(config.model_dump(), rollouts=config.needs_rollouts), config.run.gpu_hour_price)
+    meter = cost.Meter(cost.devices(config.model_dump(), trainer=True, rollouts=config.needs_rollouts), config.run.gpu_hour_price)
     log_folder = folder if distributed.rank() == 0 else None
     metrics = Metrics(log_folder, steps=steps, tensorboard=config.logging.tensorboard, meter=meter, started=started)
     fleet = scorer = problems = None
