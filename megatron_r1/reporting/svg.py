@@ -130,7 +130,7 @@ def _line(frame: Frame, s: Series) -> str:
         drawn.append(f'<path class="raw c{s.color}" d="{_path(frame, scale.extremes(s.points))}"/>')
         drawn.append(f'<path class="line {style}" d="{_path(frame, scale.thinned(scale.smoothed(s.points)))}"/>')
     else:
-        drawn.append(f'<path class="line {style}" d="{_path(frame, scale.thinned(s.points))}"/>')
+        drawn.append(f'<path class="line {style}" d="{_path(frame, scale.extremes(s.points))}"/>')
     for x, y in s.points if len(s.points) <= DOTS else ():
         said = escape(f"{s.title}: {scale.number(y)} at {scale.number(x)}")
         drawn.append(f'<circle class="dot c{s.color}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.4"><title>{said}</title></circle>')
