@@ -204,10 +204,13 @@ def test_a_pipeline_has_a_part_for_each_run_and_tables_of_all(tmp_path):
     sft = [{"step": n, "unix_time": 1e8 + n, "policy/loss": 1.0, "time/step": 900.0, "time/train": 900.0} for n in (1, 2)]
     sft[1] |= {"eval/pass@1": 0.4, "eval/pass@1_stderr": 0.1, "eval/problems": 64.0}
     run(tmp_path / "pipe/b_cold_start", sft, "evaluation.problems=0", stage="sft")
-    run(tmp_path / "pipe/a_rl", [step(n, **{"eval/pass@1": n / 10}) for n in range(5)])
+    run(tmp_path / "pipe/a_rl", [step(n, **{"eval/pass@1": n / 10, "eval/problems": 64.0}) for n in range(5)])
     page, text = written(tmp_path / "pipe")
     tested = [[row[0], row[1]] for row in page.rows if "step" in row[0]]
-    assert tested == [["b_cold_startsft, step 2", "0.400\u00b1 0.196"], ["a_rlgrpo, step 4", f"0.400\u00b1 {1.96 * 0.14:.3f}"]]
+    assert tested == [
+        ["b_cold_startsft, step 2, 64 problems", "0.400\u00b1 0.196"],
+        ["a_rlgrpo, step 4, 64 problems", f"0.400\u00b1 {1.96 * 0.14:.3f}"],
+    ]
     assert next(row for row in page.rows if row[0] == "total")[-1] == f"{2 * (1800 * 2 + 500 * 4) / 3600:.2f}", "no servers in SFT"
     assert page.titles.count("Loss") == 1, "the cold start's"
     assert text.index('id="run-b-cold-start"') < text.index('id="run-a-rl"'), "in the order they began"

@@ -51,10 +51,11 @@ def held_out(runs: list[Run]) -> str:
         error = r.get(f"{PASS_1}_stderr")
         interval = f"<small>\u00b1 {CONFIDENCE * error:.3f}</small>" if error is not None else ""
         name = f"{run.name}, at its start" if r["step"] == 0 and len(run.records) > 1 else run.name
-        row = [f"{escape(name)}<small>{run.stage}, step {r['step']:,.0f}</small>", f"<b>{r[PASS_1]:.3f}</b>{interval}"]
+        size = f", {r['eval/problems']:,.0f} problems" if "eval/problems" in r else ""
+        row = [f"{escape(name)}<small>{escape(run.stage)}, step {r['step']:,.0f}{size}</small>", f"<b>{r[PASS_1]:.3f}</b>{interval}"]
         row += [f"{r[name]:.3f}" if name in r else "" for name in votes]
-        rows.append([*row, *(f"{r[n]:,.0f}" if n in r else "" for n in ("eval/length_mean", "eval/problems"))])
-    head = ["checkpoint", "pass@1", *(name.removeprefix("eval/") for name in votes), "tokens", "problems"]
+        rows.append([*row, f"{r['eval/length_mean']:,.0f}" if "eval/length_mean" in r else ""])
+    head = ["checkpoint", "pass@1", *(name.removeprefix("eval/") for name in votes), "tokens"]
     note = "pass@1: mean over samples and problems, with its 95% confidence interval. Tokens: mean length of a completion."
     return card("Held-out accuracy by checkpoint", note, table(head, rows))
 
