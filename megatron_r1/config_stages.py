@@ -72,6 +72,9 @@ class GRPOConfig(StageConfig):
             )
         if b.completions < 2:
             raise ValueError("batch.completions = 1: a group of one has no advantage; use 2 or more (R1: 16)")
+        shortest = min([self.sampling.max_tokens, *(tokens for _, tokens in self.sampling.max_tokens_schedule)])
+        if b.overlong_tokens > shortest:
+            raise ValueError(f"batch.overlong_tokens = {b.overlong_tokens}: more than sampling.max_tokens = {shortest}; lower it")
         steps = b.minibatches * b.inner_epochs
         for name, value in (("steps", self.steps), ("reference_refresh_steps", self.reference_refresh_steps)):
             if value % steps:

@@ -32,15 +32,16 @@ class TokenSequence:
     sampler_logprobs: list[float] | None = None  # 0.0 where nothing is learned; same length as ids
 
     @classmethod
-    def from_sample(cls, sample: Sample) -> TokenSequence:
-        """Prompt and completion of a rollout; the completion is learned."""
+    def from_sample(cls, sample: Sample, *, mask_truncated: bool = False) -> TokenSequence:
+        """Prompt and completion of a rollout; the completion is learned, unless it was cut and `mask_truncated` says not to."""
         prompt, completion = sample.prompt_ids, sample.completion_ids
         assert len(sample.sampler_logprobs) == len(completion), f"{len(sample.sampler_logprobs)=} {len(completion)=}"
+        is_learned = not (mask_truncated and sample.finish_reason == "length")
         return cls(
             ids=prompt + completion,
-            learned=[0] * len(prompt) + [1] * len(completion),
+            learned=[0] * len(prompt) + [int(is_learned)] * len(completion),
             advantage=sample.advantage,
-            sampler_logprobs=[0.0] * len(prompt) + sample.sampler_logprobs,
+            sampler_logprobs=[0.0] * len(prompt) + (sample.sampler_logprobs if is_learned else [0.0] * len(completion)),
         )
 
 

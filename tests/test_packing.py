@@ -78,6 +78,15 @@ def test_a_packed_row_holds_each_sequence_and_its_labels_advantages_and_logprobs
     assert batch.tokens_T.dtype == batch.labels_T.dtype == batch.positions_T.dtype == batch.sequence_T.dtype == torch.int64
 
 
+def test_what_the_limit_cut_is_learned_from_unless_it_is_masked():
+    cut, ended = sample([1], [2, 3], 1.0), sample([4], [5], 1.0)
+    cut.finish_reason = "length"
+    assert [TokenSequence.from_sample(s).learned for s in (cut, ended)] == [[0, 1, 1], [0, 1]]
+    masked, kept = (TokenSequence.from_sample(s, mask_truncated=True) for s in (cut, ended))
+    assert (masked.ids, masked.learned, masked.sampler_logprobs) == ([1, 2, 3], [0, 0, 0], [0.0, 0.0, 0.0])
+    assert kept == TokenSequence.from_sample(ended)
+
+
 def test_a_row_without_padding_has_no_padding_sequence_and_pad_to_fixes_the_width():
     conversation = TokenSequence(ids=[7, 8, 9], learned=[0, 1, 1])
     (tight,) = pack([conversation], [[0]])

@@ -20,7 +20,10 @@ IMPORT_HOMES = {
     "vllm": ("rollout/",),
     "megatron_r1.stages": ("__main__.py", "stages/"),
 }
-PURE = ("algorithms/", "packing.py", "weights/rules.py", "models/", "rewards/", "parallel.py", "types.py")
+PURE = (
+    *("algorithms/", "policy_loss/", "selection.py", "shaping.py", "packing.py"),
+    *("weights/rules.py", "models/", "rewards/", "parallel.py", "types.py"),
+)
 IMPURE_IMPORTS = ("torch.distributed", "megatron.core", "megatron_r1.config", "megatron_r1.mcore")
 
 

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from megatron_r1 import plugins, summary
+from megatron_r1 import plugins, selection, shaping, summary
 from megatron_r1.config_stages import GRPOConfig
 from megatron_r1.mcore.policy import Policy
 from megatron_r1.metrics import Record, Stopwatch
@@ -40,15 +40,14 @@ def main(config: GRPOConfig) -> None:
         parts.watchdog.feed()
         before, watch = policy.step, Stopwatch()
         cursor = problems.state_dict()
-        batch = problems.take(config.batch.problems)
         with watch.phase("sync"):
             parts.fleet.sync()
-        samples = common.roll_out(parts, batch, sampling(config, parts), watch=watch, stop=parts.stop.is_noted)
-        if parts.stop.agreed():
+        samples, sampled = roll_out(config, parts, watch=watch)
+        if not samples:
             problems.load_state_dict(cursor)  # this rollout is not trained on; a resumed run samples it again
             break
 
-        rewards_PG = torch.tensor([s.reward for s in samples]).view(len(batch), -1)
+        rewards_PG = torch.tensor([s.reward for s in samples]).view(config.batch.problems, -1)
         advantages_PG = algorithm.advantages(rewards_PG, options=options)
         for sample, advantage in zip(samples, advantages_PG.flatten().tolist(), strict=True):
             sample.advantage = advantage
@@ -69,13 +68,33 @@ def main(config: GRPOConfig) -> None:
         if config.reference_refresh_steps and policy.step % config.reference_refresh_steps == 0:
             policy.refresh_reference()
 
-        record = step_record(parts, samples, watch)
+        record = step_record(config, parts, samples, sampled=sampled, watch=watch)
         if common.is_due(config.evaluation.every, policy.step, before) or is_last(config, policy.step):
             record |= common.held_out_record(config, parts) if config.evaluation.problems else {}
         log(config, parts, updates, record=record, samples=samples)
         if common.is_due(config.checkpoint.every, policy.step, before):
             common.save(config, parts, problems)
     common.finish(config, parts, problems, done=policy.step >= config.steps)
+
+
+def roll_out(config: GRPOConfig, parts: common.Parts, *, watch: Stopwatch) -> tuple[list[Sample], list[Sample]]:
+    """The scored samples to train on, `batch.problems` groups, and all that were sampled; neither on a stop. Collective.
+
+    With dynamic sampling, each further rollout samples as many problems as there are groups without a signal.
+    """
+    how, groups = sampling(config, parts), []
+    for _ in range(1 + config.batch.dynamic_sampling):
+        count = selection.missing(groups, config.batch.problems)
+        if count == 0:
+            break
+        parts.watchdog.feed()
+        samples = common.roll_out(parts, parts.problems.take(count), how, watch=watch, stop=parts.stop.is_noted)
+        if parts.stop.agreed():
+            return [], []
+        groups += [samples[start : start + how.n] for start in range(0, len(samples), how.n)]
+    chosen, sampled = selection.choose(groups, config.batch.problems), [sample for group in groups for sample in group]
+    shaping.penalise_overlong(sampled, max_tokens=how.max_tokens, overlong_tokens=config.batch.overlong_tokens)
+    return chosen, sampled
 
 
 def is_last(config: GRPOConfig, step: int) -> bool:
@@ -104,20 +123,22 @@ def split(config: GRPOConfig, policy: Policy, samples: list[Sample]) -> list[lis
     order = list(range(len(samples)))
     random.Random(f"minibatches {config.run.seed} {policy.step}").shuffle(order)
     size = len(samples) // config.batch.minibatches
-    shuffled = [TokenSequence.from_sample(samples[i]) for i in order]
+    shuffled = [TokenSequence.from_sample(samples[i], mask_truncated=config.batch.mask_truncated) for i in order]
     return [
         common.packed(policy, shuffled[start : start + size], chunk_tokens=config.batch.chunk_tokens)
         for start in range(0, len(shuffled), size)
     ]
 
 
-def step_record(parts: common.Parts, samples: list[Sample], watch: Stopwatch) -> Record:
-    """The figures of one rollout: rewards, lengths, the sync's canary, seconds a phase, tokens a second."""
-    record = summary.reward_record(samples) | summary.rollout_record(samples, version=parts.fleet.version) | watch.record()
+def step_record(config: GRPOConfig, parts: common.Parts, samples: list[Sample], *, sampled: list[Sample], watch: Stopwatch) -> Record:
+    """The figures of one rollout: rewards and lengths of all that was sampled, the sync's canary, seconds a phase, tokens a second."""
+    record = summary.reward_record(sampled) | summary.rollout_record(sampled, version=parts.fleet.version) | watch.record()
+    if config.batch.dynamic_sampling:
+        record["rollout/dropped"] = 1 - len(samples) / len(sampled)
     tokens = sum(s.length for s in samples)
     record["sync/canary_gap"] = parts.fleet.canary_gap
     record["perf/tokens_per_second"] = tokens / record["time/step"]
-    record["perf/rollout_tokens_per_second"] = sum(len(s.completion_ids) for s in samples) / record["time/rollout"]
+    record["perf/rollout_tokens_per_second"] = sum(len(s.completion_ids) for s in sampled) / record["time/rollout"]
     record["perf/train_tokens_per_second"] = tokens / record["time/train"]
     return record
 

@@ -1,0 +1,136 @@
+"""Dynamic sampling: which groups are trained on, and how the stage samples until there are enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_r1 import selection
+from megatron_r1.config_stages import GRPOConfig
+from megatron_r1.data import Dataset
+from megatron_r1.metrics import Stopwatch
+from megatron_r1.stages import common, grpo
+from megatron_r1.types import Problem, Sample
+
+
+def group(problem: int, *rewards: float, tokens: int = 2) -> list[Sample]:
+    return [
+        Sample(
+            problem=Problem(id=problem, prompt="", answer=""),
+            group_index=i,
+            prompt_ids=[1],
+            completion_ids=[2] * tokens,
+            sampler_logprobs=[-1.0] * tokens,
+            finish_reason="stop",
+            weight_version=0,
+            reward=reward,
+        )
+        for i, reward in enumerate(rewards)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ((1.0, 0.0), True),
+        ((1.0, 1.0), False),
+        ((0.0, 0.0, 0.0), False),
+        ((1.5, 1.0, 1.5), True),
+        ((math.nan, 1.0, 1.0), False),
+        ((math.nan, 1.0, 0.0), True),
+        ((math.nan, math.nan), False),
+    ],
+)
+def test_a_group_has_a_signal_where_its_verified_rewards_differ(rewards, expected):
+    assert selection.has_signal(group(0, *rewards)) is expected
+
+
+def test_groups_with_a_signal_come_first_in_the_choice_and_all_stay_in_their_order():
+    groups = [group(0, 1, 1), group(1, 1, 0), group(2, 0, 0), group(3, 0, 1), group(4, 1, 0)]
+    ids = {count: [s.problem.id for s in selection.choose(groups, count)[::2]] for count in (2, 3, 4, 5)}
+    assert ids == {2: [1, 3], 3: [1, 3, 4], 4: [0, 1, 3, 4], 5: [0, 1, 2, 3, 4]}
+    assert selection.missing(groups, 4) == 1
+    assert selection.choose([groups[2]], 1) == groups[2]
+
+
+class Rollouts:
+    """A stage whose rollouts give each problem, by its id, the rewards that a script says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, solved: set[int], stop_after: int = 99, **batch: int) -> None:
+        batch = {"problems": 4, "completions": 2, "minibatches": 1, **batch}
+        self.config = GRPOConfig(
+            model={"path": "model"}, batch=batch, sampling={"max_tokens": 8}, steps=1, reference_refresh_steps=0, run={"seed": 3}
+        )
+        self.asked: list[list[int]] = []
+        self.parts = SimpleNamespace(
+            problems=Dataset([Problem(id=i, prompt="", answer="") for i in range(40)], seed=3),
+            policy=SimpleNamespace(step=0),
+            chat=SimpleNamespace(eos_id=0),
+            stop=SimpleNamespace(is_noted=lambda: False, agreed=lambda: len(self.asked) >= stop_after),
+            watchdog=SimpleNamespace(feed=lambda: None),
+        )
+
+        def roll_out(parts, problems, sampling, *, watch, stop) -> list[Sample]:
+            self.asked.append([p.id for p in problems])
+            return [s for p in problems for s in group(p.id, 1.0, 0.0 if p.id in solved else 1.0, tokens=6)]
+
+        monkeypatch.setattr(common, "roll_out", roll_out)
+
+    def run(self) -> tuple[list[int], list[int]]:
+        """The problems trained on and those sampled, by group."""
+        samples, sampled = grpo.roll_out(self.config, self.parts, watch=Stopwatch())
+        self.samples = samples
+        return [s.problem.id for s in samples[::2]], [s.problem.id for s in sampled[::2]]
+
+
+def order() -> Iterator[int]:
+    return iter(p.id for p in Dataset([Problem(id=i, prompt="", answer="") for i in range(40)], seed=3).take(40))
+
+
+def test_without_dynamic_sampling_one_rollout_is_trained_on_as_it_comes(monkeypatch):
+    ids = list(order())
+    stage = Rollouts(monkeypatch, solved=set())
+    assert stage.run() == (ids[:4], ids[:4])
+    assert stage.asked == [ids[:4]]
+    assert [s.reward for s in stage.samples] == [1.0] * 8
+    assert stage.parts.problems.position == 4
+
+
+def test_groups_without_a_signal_are_replaced_until_the_batch_is_full(monkeypatch):
+    ids = list(order())
+    stage = Rollouts(monkeypatch, solved={ids[0], ids[2], ids[5], ids[6]}, dynamic_sampling=9)
+    assert stage.run() == ([ids[0], ids[2], ids[5], ids[6]], ids[:7])
+    assert stage.asked == [ids[:4], ids[4:6], ids[6:7]]
+    assert stage.parts.problems.position == 7
+
+
+def test_a_full_batch_asks_for_nothing_more(monkeypatch):
+    ids = list(order())
+    stage = Rollouts(monkeypatch, solved=set(ids), dynamic_sampling=9)
+    assert stage.run() == (ids[:4], ids[:4])
+    assert len(stage.asked) == 1
+
+
+def test_at_the_limit_groups_without_a_signal_fill_the_batch(monkeypatch):
+    ids = list(order())
+    stage = Rollouts(monkeypatch, solved={ids[7]}, dynamic_sampling=2)
+    trained, sampled = stage.run()
+    assert (trained, sampled) == ([*ids[:3], ids[7]], ids[:11])
+    assert len(stage.asked) == 3
+
+
+def test_a_stop_in_an_extra_rollout_leaves_nothing_to_train_on(monkeypatch):
+    stage = Rollouts(monkeypatch, solved=set(), stop_after=2, dynamic_sampling=9)
+    assert stage.run() == ([], [])
+    assert len(stage.asked) == 2
+
+
+def test_groups_are_chosen_by_their_rewards_before_the_length_penalty(monkeypatch):
+    ids = list(order())
+    stage = Rollouts(monkeypatch, solved={ids[0], ids[5]}, dynamic_sampling=1, overlong_tokens=4)
+    stage.run()
+    assert {s.rewards["overlong"] for s in stage.samples} == {-0.5}, "6 of 8 tokens, the last 4 of which are penalised"
+    assert sorted({s.reward for s in stage.samples}) == [-0.5, 0.5]
