@@ -13,9 +13,9 @@ from functools import lru_cache
 
 import math_verify
 
+from megatron_r1.completion import final_answer
 from megatron_r1.problem import Problem
 
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 # It warns that it runs without a time limit: the verifier pool has one, and it works off the main thread.
@@ -26,32 +26,6 @@ def reward(completion: str, problem: Problem) -> float:
     """1.0 or 0.0. Raises ValueError for a reference answer math-verify cannot judge."""
     found = final_answer(completion)
     return float(found is not None and is_equal(found, problem.answer))
-
-
-def final_answer(completion: str) -> str | None:
-    """The answer a completion ends with; None if it has none or is still inside its reasoning."""
-    _, closed, conclusion = completion.rpartition("</think>")
-    if not closed and "<think>" in completion:
-        return None
-    tagged = ANSWER.findall(conclusion)
-    text = tagged[-1] if tagged else conclusion
-    box = last_box(text)
-    if box is None and not tagged:
-        return None
-    return (text if box is None else box).strip()
-
-
-def last_box(text: str) -> str | None:
-    """The content of the last complete `\\boxed{...}`, braces balanced."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth = 0
-        for end in range(start + len("\\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start + len("\\boxed{") : end]
-        start = text.rfind("\\boxed{", 0, start)
-    return None
 
 
 def is_equal(found: str, reference: str) -> bool:

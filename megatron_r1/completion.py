@@ -1,0 +1,54 @@
+"""What a completion says, read in one way by every reward: its conclusion, its final answer, its code."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+FENCED = re.compile(r"(?:^|<answer>)[ \t]*(`{3,})([^\n`]*)\n(.*?)^[ \t]*\1[ \t]*(?=$|</answer>)", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: ```info, a line break, text, ```."""
+
+    info: tuple[str, ...]  # the words after the opening fence, the language first
+    text: str
+
+
+def conclusion(completion: str) -> str | None:
+    """What follows the reasoning; None while still inside it. All of a completion without tags."""
+    _, closed, after = completion.rpartition("</think>")
+    return None if not closed and "<think>" in completion else after
+
+
+def final_answer(completion: str) -> str | None:
+    """The answer a completion ends with; None if it has none or is still inside its reasoning."""
+    after = conclusion(completion)
+    if after is None:
+        return None
+    tagged = ANSWER.findall(after)
+    text = tagged[-1] if tagged else after
+    box = last_box(text)
+    if box is None and not tagged:
+        return None
+    return (text if box is None else box).strip()
+
+
+def last_box(text: str) -> str | None:
+    """The content of the last complete `\\boxed{...}`, braces balanced."""
+    start = text.rfind("\\boxed{")
+    while start >= 0:
+        depth = 0
+        for end in range(start + len("\\boxed"), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[start + len("\\boxed{") : end]
+        start = text.rfind("\\boxed{", 0, start)
+    return None
+
+
+def code_blocks(completion: str) -> list[Block]:
+    """The fenced blocks of the conclusion, in order; one that is not closed is none."""
+    return [Block(tuple(info.split()), body) for _, info, body in FENCED.findall(conclusion(completion) or "")]
