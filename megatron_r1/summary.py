@@ -12,6 +12,7 @@ from megatron_r1.types import Sample
 # the paper's list of reflective words (arXiv 2501.12948v2, C.2)
 WORDS = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check")
 REFLECTIVE = re.compile(rf"\b(?:{'|'.join(WORDS)})\b", re.IGNORECASE)
+OUTCOMES = ("accuracy", "code", "bugfix", "choice", "short_answer")  # rewards that judge the answer, 1.0 or 0.0
 
 
 def groups(samples: list[Sample]) -> list[list[Sample]]:
@@ -37,12 +38,24 @@ def verified(samples: list[Sample]) -> list[float]:
     return [s.reward for s in samples if not math.isnan(s.reward)]
 
 
-def reward_record(samples: list[Sample], *, solved_by: str = "accuracy") -> Record:
-    """reward/<component> means over what was verified, solved share, groups whose rewards are all equal, verifier failures."""
+def is_solved(sample: Sample) -> bool:
+    """Whether a reward that judges the answer gave full marks; which one that is depends on the problem's source."""
+    return any(sample.rewards.get(name, 0.0) >= 1.0 for name in OUTCOMES)
+
+
+def reward_record(samples: list[Sample]) -> Record:
+    """reward/<component> means over what was verified, solved share, groups whose rewards are all equal, verifier failures.
+
+    With problems of more than one source, also the mean of each: reward/source/<name>.
+    """
     record = {"reward/mean": mean(verified(samples))}
     for name in sorted({name for s in samples for name in (*s.rewards, *s.failures)}):
         record[f"reward/{name}"] = mean([s.rewards[name] for s in samples if name in s.rewards])
-    solved = [[s.rewards.get(solved_by, 0.0) >= 1.0 for s in group] for group in groups(samples)]
+    sources = sorted({s.problem.source for s in samples})
+    if len(sources) > 1:
+        for source in sources:
+            record[f"reward/source/{source}"] = mean(verified([s for s in samples if s.problem.source == source]))
+    solved = [[is_solved(s) for s in group] for group in groups(samples)]
     record["reward/solved"] = share([flag for group in solved for flag in group])
     record["reward/all_0_groups"] = share([not any(group) for group in solved])
     record["reward/all_1_groups"] = share([all(group) for group in solved])
@@ -64,7 +77,7 @@ def rollout_record(samples: list[Sample], *, version: int) -> Record:
     }
     record |= reflective_record([s.text for s in samples])
     for title, right in (("correct", True), ("wrong", False)):
-        some = [float(len(s.completion_ids)) for s in samples if (s.rewards.get("accuracy", 0.0) >= 1.0) == right]
+        some = [float(len(s.completion_ids)) for s in samples if is_solved(s) == right]
         if some:
             record[f"rollout/length_{title}"] = mean(some)
     return record
@@ -90,7 +103,8 @@ def completions_page(samples: list[Sample], count: int) -> str:
     for s in spread(samples, count):
         scores = ", ".join(f"{name} {value:g}" for name, value in sorted(s.rewards.items()))
         failed = "".join(f"; {name} FAILED: {why}" for name, why in s.failures.items())
-        blocks.append(f"**{s.problem.prompt}** (answer {s.problem.answer})\n\n```\n{s.text}\n```\n\n{scores}{failed}; {s.finish_reason}")
+        answer = f"{s.problem.answer:.200}"  # tests are long
+        blocks.append(f"**{s.problem.prompt}** (answer {answer})\n\n```\n{s.text}\n```\n\n{scores}{failed}; {s.finish_reason}")
     return "\n\n---\n\n".join(blocks)
 
 

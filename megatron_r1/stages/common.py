@@ -80,7 +80,7 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
         fleet = make_fleet(config, policy, hf)
         if distributed.is_model_parallel_leader():
             r = config.rewards
-            scorer = Scorer(r.weights, workers=r.workers, timeout_seconds=r.timeout_seconds, options=r.options)
+            scorer = Scorer(r.weights, by_source=r.by_source, workers=r.workers, timeout_seconds=r.timeout_seconds, options=r.options)
     return Parts(folder, lock, policy, chat, metrics, stop, watchdog, fleet, scorer, problems, held_out)
 
 

@@ -1,0 +1,60 @@
+"""1.0 if the option a completion chooses is the problem's letter (R1's STEM and logic prompts: 4 to 8 options; Nature 645, 633).
+
+The choice is, first found first taken:
+
+    the final answer of completion.py: the last box, or the last <answer>       \\boxed{C}  <answer>(C) 42 J</answer>
+    the last "answer is" or "Answer:" of the conclusion                          **Answer: C**
+    the option in brackets, if the conclusion has only one                       Therefore (C).
+    the whole conclusion                                                         C
+"""
+
+from __future__ import annotations
+
+import re
+
+from megatron_r1.completion import conclusion, final_answer
+from megatron_r1.problem import Problem
+
+MARKS = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}$*`]")
+# a letter alone, or one that a bracket, a full stop or a colon sets off from the option's text
+OPTION = re.compile(r"(?:option |choice )?(?:\(([A-H])\)(?:\s.*)?|([A-H])[).:]?|([A-H])[).:]\s.*)", re.DOTALL)
+SAID = re.compile(
+    r"\b(?i:answer|(?:correct|right|best) (?:option|choice))(?i:\s+is)?\s*:?\s*(?i:option\s+)?(?:\(([A-H])\)|([A-H])\b(?!['\w]))"
+)
+BRACKETED = re.compile(r"\(([A-H])\)")
+
+
+def reward(completion: str, problem: Problem) -> float:
+    """1.0 or 0.0. Raises ValueError for a reference answer that is not a letter from A to H."""
+    expected = letter(problem.answer)
+    if expected is None:
+        raise ValueError(f"multiple choice: the reference answer {problem.answer!r:.80} is not a letter from A to H")
+    return float(chosen(completion) == expected)
+
+
+def chosen(completion: str) -> str | None:
+    """The letter a completion chooses; None if it does not say, or is still inside its reasoning."""
+    after = conclusion(completion)
+    if after is None:
+        return None
+    answer = final_answer(completion)
+    if answer is not None:
+        return letter(answer) or _said(answer)
+    return _said(after) or letter(after)
+
+
+def letter(text: str) -> str | None:
+    """The letter of a text that is an option: "C", "(c)", "C. 42 J"; None for any other."""
+    bare = MARKS.sub("", text).strip()
+    found = OPTION.fullmatch(bare.upper() if len(bare) <= len("(c).") else bare)
+    return next(filter(None, found.groups())) if found else None
+
+
+def _said(text: str) -> str | None:
+    """The letter that a text ends up naming."""
+    bare = MARKS.sub("", text)
+    said = [one or other for one, other in SAID.findall(bare)]
+    if said:
+        return said[-1]
+    options = set(BRACKETED.findall(bare))
+    return options.pop() if len(options) == 1 else None
