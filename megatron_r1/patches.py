@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 HUNK = re.compile(r"@@(?: -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@)?")
 
@@ -53,7 +54,7 @@ def hunks(diff: str) -> Iterator[Hunk]:
     """The hunks of a diff, in order. Raises DoesNotApply for one without its file."""
     lines = diff.splitlines()
     path, hunk = "", None
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+    for line, following in pairwise([*lines, ""]):
         header = HUNK.match(line)
         if header and not path:
             raise DoesNotApply(f"a hunk before any file: {line}")

@@ -35,6 +35,7 @@ HOME = "/tmp"  # the program's current folder, and where its files are
 SYSTEM_FOLDERS = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/lib", "/lib32", "/lib64")
 SYSTEM_FILES = ("/etc/ld.so.cache", "/usr/share/zoneinfo")
 TICK_SECONDS = 0.02
+PIPE_BYTES = 1 << 16
 BWRAP_PROCESSES = 2  # bwrap itself, and the first process of its namespace
 PAGE_BYTES = resource.getpagesize()
 INSTALL = "install bubblewrap 0.8 or newer (apt-get install bubblewrap)"
@@ -122,7 +123,7 @@ def _run_sandboxed(command: Sequence[str], stdin: str, *, files: Mapping[str, st
             arguments = _bwrap(copies, report, limits)
             result = _supervise(
                 [*arguments, "--", *_prlimit(limits, processes=True), *command],
-                _memory_file(stdin, stack),
+                stdin,
                 limits=limits,
                 pass_fds=(*copies.values(), report),
                 own_processes=BWRAP_PROCESSES,
@@ -141,8 +142,8 @@ def _run_unsafe(command: Sequence[str], stdin: str, *, files: Mapping[str, str],
             (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
             (Path(folder) / path).write_text(text)
         # Without a namespace the kernel would count all of the user's processes, so only the watch holds their number.
-        argv = [_path("setpriv"), "--pdeathsig", "KILL", *_prlimit(limits, processes=False), *command]
-        return _supervise(argv, _memory_file(stdin, stack), limits=limits, cwd=folder)
+        prefix = [_path("setpriv"), "--pdeathsig", "KILL", *_prlimit(limits, processes=False)]
+        return _supervise([*prefix, *command], stdin, limits=limits, cwd=folder)
 
 
 def _bwrap(copies: Mapping[str, int], report: int, limits: Limits) -> list[str]:
@@ -156,25 +157,22 @@ def _bwrap(copies: Mapping[str, int], report: int, limits: Limits) -> list[str]:
             argv += ["--symlink", os.readlink(folder), folder]
         elif os.path.isdir(folder):
             argv += ["--ro-bind", folder, folder]
-    for path in (PYTHON[0], f"{sys.base_prefix}/lib", os.path.realpath(_path("prlimit"))):
-        argv += ["--ro-bind", path, path]
-    for path in SYSTEM_FILES:
-        argv += ["--ro-bind-try", path, path]
+    needed = (PYTHON[0], f"{sys.base_prefix}/lib", os.path.realpath(_path("prlimit")))
+    argv += [word for path in needed for word in ("--ro-bind", path, path)]
+    argv += [word for path in SYSTEM_FILES for word in ("--ro-bind-try", path, path)]
     argv += ["--proc", "/proc", "--dev", "/dev", "--size", str(limits.file_bytes), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
-    for path, descriptor in copies.items():
-        argv += ["--file", str(descriptor), f"{HOME}/{path}"]
+    argv += [word for path, descriptor in copies.items() for word in ("--file", str(descriptor), f"{HOME}/{path}")]
     return [*argv, "--remount-ro", "/", "--chdir", HOME]
 
 
 def _prlimit(limits: Limits, *, processes: bool) -> list[str]:
-    number = [f"--nproc={limits.processes}"] if processes else []
     sizes = [f"--as={limits.memory_bytes}", f"--cpu={limits.cpu_seconds}", f"--fsize={limits.file_bytes}", "--core=0"]
-    return [os.path.realpath(_path("prlimit")), *sizes, *number, "--"]
+    return [os.path.realpath(_path("prlimit")), *sizes, *([f"--nproc={limits.processes}"] if processes else ()), "--"]
 
 
 def _supervise(
     argv: Sequence[str],
-    stdin: int,
+    stdin: str,
     *,
     limits: Limits,
     pass_fds: Sequence[int] = (),
@@ -183,47 +181,64 @@ def _supervise(
 ) -> Result:
     """Starts a session of its own, reads what it writes, and ends it at a limit or when its first process has ended."""
     start = time.monotonic()
-    process = subprocess.Popen(
-        argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, cwd=cwd, start_new_session=True, pass_fds=pass_fds
-    )
-    texts = {process.stdout: bytearray(), process.stderr: bytearray()}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(argv, **pipes, bufsize=0, env={}, cwd=cwd, start_new_session=True, pass_fds=pass_fds)
+    stdout, stderr = bytearray(), bytearray()
     stopped = ""
-    with process.stdout, process.stderr, selectors.DefaultSelector() as selector:
-        for pipe in texts:
+    with process.stdin, process.stdout, process.stderr, selectors.DefaultSelector() as selector:
+        for pipe in (process.stdin, process.stdout, process.stderr):
             os.set_blocking(pipe.fileno(), False)
-            selector.register(pipe, selectors.EVENT_READ)
+        # A pipe, not a file: what has been read once cannot be read again by way of another process's descriptors.
+        selector.register(process.stdin, selectors.EVENT_WRITE, memoryview(stdin.encode(errors="replace")))
+        selector.register(process.stdout, selectors.EVENT_READ, stdout)
+        selector.register(process.stderr, selectors.EVENT_READ, stderr)
         try:
             while process.poll() is None and not stopped:
-                _read(selector, texts, process)
-                stopped = _exceeded(process.pid, texts, limits=limits, start=start, own_processes=own_processes)
+                if selector.get_map():
+                    _exchange(selector)
+                else:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(TICK_SECONDS)
+                stopped = _exceeded(process.pid, len(stdout) + len(stderr), limits=limits, start=start, own_processes=own_processes)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        _read(selector, texts, process)  # what it wrote last
-    stdout, stderr = (bytes(text[: limits.output_bytes]).decode(errors="replace") for text in texts.values())
+        if selector.get_map():
+            _exchange(selector)  # what it wrote last; a pipe holds no more than one read takes
+    texts = [bytes(text[: limits.output_bytes]).decode(errors="replace") for text in (stdout, stderr)]
     code = process.returncode if process.returncode >= 0 or stopped else 128 - process.returncode
-    return Result(code, stdout, stderr, stopped, time.monotonic() - start)
+    return Result(code, *texts, stopped, time.monotonic() - start)
 
 
-def _read(selector: selectors.BaseSelector, texts: Mapping[object, bytearray], process: subprocess.Popen[bytes]) -> None:
-    """What the pipes hold, waiting a tick for it; once both are closed, for the process's end."""
-    if not selector.get_map():
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(TICK_SECONDS)
-        return
-    for key, _ in selector.select(TICK_SECONDS):
-        text = os.read(key.fd, 1 << 16)
-        texts[key.fileobj].extend(text)
-        if not text:
+def _exchange(selector: selectors.BaseSelector) -> None:
+    """Reads what there is and writes what is taken, waiting a tick for either; a pipe that has ended leaves the selector."""
+    for key, events in selector.select(TICK_SECONDS):
+        if events & selectors.EVENT_READ:
+            text = os.read(key.fd, PIPE_BYTES)
+            key.data.extend(text)
+            if not text:
+                selector.unregister(key.fileobj)
+        elif left := _give(key.fd, key.data):
+            selector.modify(key.fileobj, selectors.EVENT_WRITE, left)
+        else:
             selector.unregister(key.fileobj)
+            key.fileobj.close()
 
 
-def _exceeded(pid: int, texts: Mapping[object, bytearray], *, limits: Limits, start: float, own_processes: int) -> str:
+def _give(descriptor: int, text: memoryview) -> memoryview:
+    """What is left to write; nothing once the reader is gone."""
+    try:
+        return text[os.write(descriptor, text[:PIPE_BYTES]) :]
+    except BrokenPipeError:
+        return text[:0]
+
+
+def _exceeded(pid: int, written: int, *, limits: Limits, start: float, own_processes: int) -> str:
     """The limit that the session has reached, or ""."""
     if time.monotonic() - start > limits.seconds:
         return "seconds"
-    if sum(map(len, texts.values())) > limits.output_bytes:
+    if written > limits.output_bytes:
         return "output_bytes"
     resident = 0
     for count, one in enumerate(_descendants(pid), 1):
