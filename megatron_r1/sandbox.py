@@ -194,25 +194,24 @@ def _supervise(
         selector.register(process.stderr, selectors.EVENT_READ, stderr)
         try:
             while process.poll() is None and not stopped:
-                if selector.get_map():
-                    _exchange(selector)
-                else:
-                    with suppress(subprocess.TimeoutExpired):
-                        process.wait(TICK_SECONDS)
+                _exchange(selector, process)
                 stopped = _exceeded(process.pid, len(stdout) + len(stderr), limits=limits, start=start, own_processes=own_processes)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        if selector.get_map():
-            _exchange(selector)  # what it wrote last; a pipe holds no more than one read takes
+        _exchange(selector, process)  # what it wrote last; a pipe holds no more than one read takes
     texts = [bytes(text[: limits.output_bytes]).decode(errors="replace") for text in (stdout, stderr)]
     code = process.returncode if process.returncode >= 0 or stopped else 128 - process.returncode
     return Result(code, *texts, stopped, time.monotonic() - start)
 
 
-def _exchange(selector: selectors.BaseSelector) -> None:
-    """Reads what there is and writes what is taken, waiting a tick for either; a pipe that has ended leaves the selector."""
+def _exchange(selector: selectors.BaseSelector, process: subprocess.Popen[bytes]) -> None:
+    """Reads what there is and writes what is taken, waiting a tick for either; once all pipes have ended, for the process."""
+    if not selector.get_map():
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(TICK_SECONDS)
+        return
     for key, events in selector.select(TICK_SECONDS):
         if events & selectors.EVENT_READ:
             text = os.read(key.fd, PIPE_BYTES)

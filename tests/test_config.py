@@ -35,6 +35,14 @@ def test_what_is_dumped_loads_to_the_same_config(tmp_path):
     assert again.optimizer.lr == 1e-5
 
 
+def test_patterns_of_sources_survive_the_round_trip_in_their_order(tmp_path):
+    by_source = '[rewards.by_source]\n"math*" = {accuracy = 1.0}\n"a/b [c].d" = {"my.reward" = 2.0}\n"*" = {format = 1.0}\n'
+    first = config.load("grpo", written(tmp_path, MINIMAL + by_source))
+    again = config.load("grpo", written(tmp_path, config.dump(first), "b.toml"))
+    assert list(again.rewards.by_source.items()) == list(first.rewards.by_source.items()), "their order counts"
+    assert again.rewards.by_source["a/b [c].d"] == {"my.reward": 2.0}
+
+
 def test_a_base_file_is_overlaid_key_by_key(tmp_path):
     written(tmp_path, MINIMAL + "[optimizer]\nlr = 1e-3\nclip_grad = 0.5\n", "base.toml")
     c = config.load("grpo", written(tmp_path, 'base = "base.toml"\n[optimizer]\nlr = 2e-3\n'))

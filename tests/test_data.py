@@ -26,6 +26,17 @@ def test_jsonl_problems_keep_order_numbers_and_chosen_keys(tmp_path: Path):
     assert len(data.load_problems(jsonl=path, prompt_key="q", answer_key="a", size=1)) == 1
 
 
+def test_rows_may_have_a_source_each_and_answers_that_are_objects(tmp_path: Path):
+    tests = {"cases": [{"stdin": "1", "stdout": "2"}]}
+    path = write(tmp_path / "p.jsonl", {"prompt": "a", "answer": "1", "from": "math"}, {"prompt": "b", "answer": tests, "from": "code/x"})
+    problems = data.load_problems(jsonl=path, source_key="from")
+    assert [p.source for p in problems] == ["math", "code/x"]
+    assert json.loads(problems[1].answer) == tests
+    assert {p.source for p in data.load_problems(jsonl=path)} == {path}
+    with pytest.raises(ValueError, match=r"p.jsonl:1: no 'source' among .* data.source_key"):
+        data.load_problems(jsonl=path, source_key="source")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -48,8 +59,9 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str, messa
     ("source", "message"),
     [
         ({"jsonl": "/nowhere.jsonl"}, "/nowhere.jsonl: there is no such file"),
-        ({}, "none of jsonl, huggingface, reasoning_gym is set"),
+        ({}, "none of jsonl, huggingface, reasoning_gym, humaneval is set"),
         ({"jsonl": "a", "huggingface": "b"}, "jsonl and huggingface of .* set exactly one"),
+        ({"jsonl": "a", "humaneval": True}, "jsonl and humaneval of"),
         ({"reasoning_gym": "basic_arithmetc"}, "did you mean 'basic_arithmetic'"),
         ({"reasoning_gym": "basic_arithmetic", "reasoning_gym_options": {"digits": 2}}, "reasoning_gym_options: .*'digits'"),
         ({"reasoning_gym": "basic_arithmetic", "reasoning_gym_options": {"min_terms": 0}}, "min_terms must be positive"),

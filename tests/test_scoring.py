@@ -64,8 +64,8 @@ def scorer(bad_reward: str) -> Iterator[Callable[..., Scorer]]:
         one.close()
 
 
-def sample(text: str, answer: str = "2") -> Sample:
-    problem = Problem(id=1, prompt="1+1", answer=answer)
+def sample(text: str, answer: str = "2", *, source: str = "") -> Sample:
+    problem = Problem(id=1, prompt="1+1", answer=answer, source=source)
     return Sample(problem, 0, prompt_ids=[1], completion_ids=[2], sampler_logprobs=[0.0], finish_reason="stop", weight_version=0, text=text)
 
 
@@ -133,6 +133,33 @@ def test_options_reach_the_reward(scorer: Callable[..., Scorer], bad_reward: str
     one = sample("fine")
     scorer({bad_reward: 2.0}, options={bad_reward: {"scale": 3.0}}).collect([one])
     assert (one.rewards, one.reward) == ({bad_reward: 3.0}, 6.0)
+
+
+def test_a_problems_source_chooses_its_rewards_by_the_first_pattern_that_matches(scorer: Callable[..., Scorer], bad_reward: str):
+    by_source = {"math-hard*": {"accuracy": 3.0}, "math*": {"accuracy": 1.0, "format": 1.0}, "logic/[ab]": {"choice": 2.0}}
+    pool = scorer({bad_reward: 0.25}, by_source=by_source, options={"format": {"think_in_prompt": True}})
+    text = "a</think><answer>2</answer>"
+    samples = [sample(text, source=source) for source in ("math-hard-1", "math", "Math", "logic/c", "")]
+    samples.append(sample("<answer>B</answer>", "B", source="logic/a"))
+    pool.collect(samples)
+    other = {bad_reward: 1.0}
+    assert [s.rewards for s in samples] == [{"accuracy": 1.0}, {"accuracy": 1.0, "format": 1.0}, other, other, other, {"choice": 1.0}]
+    assert [s.reward for s in samples] == [3.0, 2.0, 0.25, 0.25, 0.25, 2.0]
+    assert not any(s.failures for s in samples)
+
+
+@pytest.mark.parametrize(
+    ("by_source", "message"),
+    [
+        ({"math*": {"acuracy": 1.0}}, "did you mean 'accuracy'"),
+        ({"math*": {}}, r"rewards.by_source.'math\*': no rewards"),
+        ({"math*": {"json.decoder": 1.0}}, "json.decoder has no function reward"),
+    ],
+)
+def test_a_mistake_in_a_pattern_is_a_one_line_error_before_any_process_starts(by_source: dict, message: str):
+    with pytest.raises(ValueError, match=message) as error:
+        Scorer({"format": 1.0}, by_source=by_source)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

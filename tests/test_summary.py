@@ -42,6 +42,22 @@ def test_groups_without_a_gradient_are_counted():
     assert r["reward/equal_groups"] == pytest.approx(2 / 3), "all wrong, and one verified sample alone"
 
 
+def test_each_source_has_its_mean_where_there_are_several():
+    assert not [name for name in reward_record(SAMPLES) if name.startswith("reward/source/")]
+    other = sample(3, 0, accuracy=1.0)
+    other.problem = Problem(3, "p3", "1", source="logic")
+    r = reward_record([*SAMPLES, other])
+    assert r["reward/source/logic"] == 1.0
+    assert r["reward/source/"] == pytest.approx(2 / 5)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "code", "bugfix", "choice", "short_answer"])
+def test_solved_is_whatever_judges_the_answer_of_its_source(name: str):
+    one, other = sample(0, 0, accuracy=0.0), sample(0, 1, accuracy=0.0)
+    one.rewards, other.rewards = {name: 1.0, "format": 0.0}, {name: 0.0, "format": 1.0}
+    assert reward_record([one, other])["reward/solved"] == 0.5
+
+
 def test_lengths_truncation_and_staleness():
     r = rollout_record(SAMPLES, version=8)
     assert (r["rollout/length_mean"], r["rollout/length_max"], r["rollout/staleness_max"]) == (4.0, 8.0, 2.0)

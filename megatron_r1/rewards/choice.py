@@ -17,7 +17,7 @@ from megatron_r1.problem import Problem
 
 MARKS = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}$*`]")
 # a letter alone, or one that a bracket, a full stop or a colon sets off from the option's text
-OPTION = re.compile(r"(?:option |choice )?(?:\(([A-H])\)(?:\s.*)?|([A-H])[).:]?|([A-H])[).:]\s.*)", re.DOTALL)
+OPTION = re.compile(r"(?i:option |choice )?(?:\(([A-H])\)(?:\s.*)?|([A-H])[).:]?|([A-H])[).:]\s.*)", re.DOTALL)
 SAID = re.compile(
     r"\b(?i:answer|(?:correct|right|best) (?:option|choice))(?i:\s+is)?\s*:?\s*(?i:option\s+)?(?:\(([A-H])\)|([A-H])\b(?!['\w]))"
 )
