@@ -75,6 +75,20 @@ class Chat:
             done = after
         return TokenSequence(ids=ids, learned=learned)
 
+    def scored_ids(self, conversation: Conversation) -> list[int]:
+        """The conversation as a reward model's server tokenizes its messages: rendered whole, then tokenized at once.
+
+        Raises ValueError if the template drops or rewrites what was said.
+        """
+        text = self._render(list(conversation.messages), is_open=False)
+        for turn, message in enumerate(conversation.messages):
+            if message["content"].strip() not in text:
+                raise ValueError(
+                    f"the chat template rewrites the conversation at message {turn} ({message['content']!r:.40}), "
+                    "so it would not be scored as written; use a template that keeps every message in full"
+                )
+        return self._ids(text)
+
     def text(self, ids: Sequence[int]) -> str:
         """A completion as rewards read it: without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)

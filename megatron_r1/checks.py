@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from megatron_r1 import models, parallel, plugins, scoring
-from megatron_r1.config_stages import GRPOConfig, SFTConfig, StageConfig
+from megatron_r1.config_stages import GRPOConfig, RewardModelConfig, SFTConfig, StageConfig
 
 
 def check(config: StageConfig) -> None:
@@ -28,12 +28,16 @@ def check(config: StageConfig) -> None:
 
 
 def check_model(config: StageConfig) -> dict[str, Any]:
-    """The model folder has a config.json of a family we build, a tokenizer, and weights where they are asked for."""
+    """The config.json of the model folder, as the stage builds it: a family we have, with tokenizer and weights where asked for."""
     folder = Path(config.model.path)
     if not folder.is_dir():
         raise ValueError(f"model.path = {config.model.path!r}: no such folder; give a Hugging Face model folder")
     hf = read_json(folder / "config.json", setting="model.path")
     models.family(hf).check(hf)
+    if isinstance(config, RewardModelConfig):
+        hf = models.reward_model(hf)
+    elif models.is_reward_model(hf):
+        raise ValueError(f"model.path = {config.model.path!r}: a reward model, which writes no text; give a language model")
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"model.path = {config.model.path!r}: tokenizer_config.json is missing; copy the model's tokenizer there")
     weights = any(folder.glob("*.safetensors"))
@@ -87,6 +91,11 @@ def check_data(config: StageConfig) -> None:
         raise ValueError(f"evaluation.problems = {config.evaluation.problems}: more than data.held_out = {d.held_out}; raise data.held_out")
     if isinstance(config, SFTConfig) and d.conversations is None:
         raise ValueError('data.conversations: required for SFT; a JSONL file of {"messages": [...]} lines')
+    if isinstance(config, RewardModelConfig) and d.preferences is None:
+        raise ValueError("data.preferences: required for a reward model; a JSONL file of judged answers")
+    for name in ("preferences", "general_jsonl"):
+        if getattr(d, name) is not None and not Path(getattr(d, name)).is_file():
+            raise ValueError(f"data.{name} = {getattr(d, name)!r}: no such file")
 
 
 def check_rollout(config: StageConfig, hf: dict[str, Any]) -> None:

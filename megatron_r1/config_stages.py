@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import model_validator
 
 from megatron_r1.config_types import (
@@ -16,6 +18,7 @@ from megatron_r1.config_types import (
     Model,
     NonNegative,
     Optimizer,
+    Positive,
     Rewards,
     Rollout,
     Run,
@@ -76,9 +79,10 @@ class GRPOConfig(StageConfig):
         if b.overlong_tokens > shortest:
             raise ValueError(f"batch.overlong_tokens = {b.overlong_tokens}: more than sampling.max_tokens = {shortest}; lower it")
         steps = b.minibatches * b.inner_epochs
-        for name, value in (("steps", self.steps), ("reference_refresh_steps", self.reference_refresh_steps)):
-            if value % steps:
-                raise ValueError(f"{name} = {value}: must be a multiple of the {steps} optimizer steps of a rollout")
+        if self.reference_refresh_steps % steps:
+            raise ValueError(
+                f"reference_refresh_steps = {self.reference_refresh_steps}: must be a multiple of the {steps} optimizer steps of a rollout"
+            )
         return self
 
 
@@ -100,4 +104,37 @@ class PipelineConfig(Section):
     last: str = ""  # end with this one; "" = the last
 
 
-STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "grpo": GRPOConfig, "eval": EvalConfig}
+class RewardModelOptimizer(Optimizer):
+    lr: Positive = 6e-6
+
+
+class RewardModelConfig(StageConfig):
+    """Defaults are those of both of R1's reward models (Nature 645, 633; Methods)."""
+
+    kind: Literal["pairwise", "pointwise"]  # pairwise: helpful, the final summary; pointwise: safety, the whole response
+    optimizer: RewardModelOptimizer = RewardModelOptimizer()
+    epochs: Count = 1
+    batch_size: Count = 256  # pairs or responses an optimizer step
+    max_length: Count = 8192  # tokens of prompt and answer; longer examples are left out, for a cut one has no end to score
+    chunk_tokens: Count = 32_768
+
+    @property
+    def needs_rollouts(self) -> bool:
+        return False
+
+    @model_validator(mode="after")
+    def _examples_fit(self) -> RewardModelConfig:
+        longest = self.max_length * (2 if self.kind == "pairwise" else 1)
+        if self.chunk_tokens < longest:
+            raise ValueError(f"chunk_tokens = {self.chunk_tokens}: an example has up to {longest} tokens; raise it, or lower max_length")
+        if self.evaluation.problems:
+            raise ValueError(
+                f"evaluation.problems = {self.evaluation.problems}: a reward model answers none; "
+                "leave it 0 and set data.held_out, on which it is evaluated"
+            )
+        if not self.chat_template:
+            raise ValueError("chat_template = false: the server of a reward model renders messages with its chat template; leave it true")
+        return self
+
+
+STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "grpo": GRPOConfig, "eval": EvalConfig, "reward-model": RewardModelConfig}

@@ -77,6 +77,10 @@ class Data(Section):
     size: Count | None = None  # procedural problems to make, or a cap on the others
     held_out: NonNegative = 0  # problems set aside for evaluation, by seed
     conversations: str | None = None  # SFT: a file of {"messages": [...]} lines, or "worked_examples"
+    preferences: str | None = None  # reward models: a file of {"prompt", "chosen", "rejected"} or {"prompt", "response", "label"} lines
+    general_jsonl: str | None = None  # GRPO: prompts for reward models, a file of {"prompt", "source"} lines
+    general_from_step: NonNegative = 0  # the first optimizer step on them (R1: in the last 400 of 1,700 only)
+    general_share: Share = 0.45  # of a batch from then on; unpublished, this is their part of Table 4's prompts (66K of 146K)
 
 
 class Rollout(Section):

@@ -55,7 +55,7 @@ def load_problems(
     if len(names) != 1:
         raise ValueError(f"data: {' and '.join(names) or 'none'} of {', '.join(given)} is set; set exactly one")
     if jsonl is not None:
-        rows = _jsonl_rows(jsonl)
+        rows = jsonl_rows(jsonl)
     elif huggingface is not None:
         rows = _huggingface_rows(huggingface, split=split)
     elif humaneval:
@@ -85,7 +85,7 @@ def load_conversations(path: str, *, size: int | None = None) -> list[Conversati
     Raises ValueError with file and line for anything else.
     """
     conversations = []
-    for where, row in _jsonl_rows(path):
+    for where, row in jsonl_rows(path):
         conversations.append(Conversation(tuple(_messages(row, where=where))))
         if len(conversations) == size:
             break
@@ -147,7 +147,7 @@ class Dataset(Generic[Item]):
         return order
 
 
-def _jsonl_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def jsonl_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", object) of every line that is not blank."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such file; give the path of a JSONL file")

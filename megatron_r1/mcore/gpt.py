@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import checkpoint
+from megatron.core.tensor_parallel import checkpoint, gather_from_sequence_parallel_region
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, roll_tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -25,13 +25,31 @@ class GroupedConfig(TransformerConfig):
     attention_output_bias: bool = False
 
 
+class ScoreHead(torch.nn.Module):
+    """A reward model's output layer: hidden states [T / TP, 1, hidden] -> scores [T, 1, 1] in float32.
+
+    Every tensor-parallel rank has all of it and computes all scores, so each has its whole gradient.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
+        self.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden_states: torch.Tensor, weight: None = None) -> tuple[torch.Tensor, None]:
+        """The scores, and no bias: what Megatron's output layer returns."""
+        if self.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        return torch.nn.functional.linear(hidden_states.float(), self.weight.float()), None
+
+
 class PolicyModel(GPTModel):
     """Called as
 
         model(input_ids=[1, T], position_ids=[1, T], attention_mask=None, packed_seq_params=thd)
 
     it returns logits [1, T, V / TP] on the last pipeline stage, float32 or bf16 as the model is, and hidden states
-    [T / TP, 1, hidden] on the others. MTP layers are then left out.
+    [T / TP, 1, hidden] on the others. MTP layers are then left out. A reward model's logits are its scores [1, T, 1].
 
     With `labels` [1, T] and `loss_mask` [1, T] too (as in a Microbatch: labels[t] is token t+1 of the same sequence), it
     returns the same logits, and their backward also adds the gradient of

@@ -4,7 +4,7 @@ Everything between the microbatches and the weights is Megatron's: model chunks,
 optimizer. What is here is the forward step they call back, and the reduction of what the loss reports.
 All methods are collective: every rank calls them, in the same order, with its own data-parallel rank's microbatches.
 
-Legend: T packed tokens, V vocabulary shard of this rank.
+Legend: T packed tokens, N sequences in a pack, V vocabulary shard of this rank.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from megatron_r1.mcore import cpu, reduction
 from megatron_r1.mcore.logprobs import token_logprobs
 from megatron_r1.mcore.optimizer import Training, make_optimizer, wrap
 from megatron_r1.mcore.reference import Reference
+from megatron_r1.models import is_reward_model
 from megatron_r1.models.build import build
 from megatron_r1.parallel import Parallel
 from megatron_r1.types import LossOutput, Microbatch
 from megatron_r1.weights import shard
-from megatron_r1.weights.hf import SafetensorsReader
-from megatron_r1.weights.random import RandomWeights
+from megatron_r1.weights.hf import Reader, SafetensorsReader
+from megatron_r1.weights.random import SCORE, NewHead, RandomWeights
 
 Loss = Callable[[torch.Tensor, torch.Tensor, Microbatch], LossOutput]
+ScoreLoss = Callable[[torch.Tensor, Microbatch], LossOutput]
 Finish = Callable[[Microbatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]
 
 
@@ -87,14 +89,19 @@ class Policy:
         return self.parallel.pipeline_model_parallel_size if self.parallel.virtual_pipeline_model_parallel_size else 1
 
     def load_hf(self, folder: str | Path) -> None:
-        """Take the weights of a Hugging Face folder. Raises ValueError where they do not fit the model."""
-        self._load(SafetensorsReader(folder))
+        """Take the weights of a Hugging Face folder; a reward model begins as a language model with a new head.
+
+        Raises ValueError where they do not fit the model.
+        """
+        reader = SafetensorsReader(folder)
+        starts = is_reward_model(self.hf) and SCORE not in reader.files
+        self._load(NewHead(reader, self.hf, seed=self.seed) if starts else reader)
 
     def init_random(self) -> None:
         """Take random weights, the same for a seed in every layout."""
         self._load(RandomWeights(self.hf, seed=self.seed))
 
-    def _load(self, reader: SafetensorsReader | RandomWeights) -> None:
+    def _load(self, reader: Reader) -> None:
         shard.load(self.chunks, reader, self.hf)
         self.optimizer.reload_model_params()  # the optimizer's float32 copies
 
@@ -113,11 +120,30 @@ class Policy:
         alike, with policy/grad_norm, policy/lr and moe/..., on every rank. Raises FloatingPointError, on every rank, for
         a gradient that is not finite.
         """
+        outputs: list[LossOutput] = []
+        finish = partial(self._loss, loss=loss, temperature=temperature, outputs=outputs)
+        return self._update(microbatches, finish, outputs, labels=self.training.train_mtp)
+
+    def train_scores(self, microbatches: list[Microbatch], loss: ScoreLoss) -> dict[str, float]:
+        """The same of a reward model; `loss` is given the score of every sequence, [N] in float32, and the microbatch."""
+        outputs: list[LossOutput] = []
+        return self._update(microbatches, partial(self._score_loss, loss=loss, outputs=outputs), outputs)
+
+    @torch.no_grad()
+    def scores(self, microbatches: list[Microbatch], loss: ScoreLoss) -> dict[str, float]:
+        """What `train_scores` would report of the loss; nothing is trained."""
+        outputs: list[LossOutput] = []
+        self._run(microbatches, partial(self._score_loss, loss=loss, outputs=outputs))
+        return reduction.over_stages(reduction.of_losses(outputs))
+
+    def _update(
+        self, microbatches: list[Microbatch], finish: Finish, outputs: list[LossOutput], *, labels: bool = False
+    ) -> dict[str, float]:
+        """Gradients and the optimizer's step; `finish` fills `outputs`."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs: list[LossOutput] = []
-        self._run(microbatches, partial(self._loss, loss=loss, temperature=temperature, outputs=outputs), labels=self.training.train_mtp)
+        self._run(microbatches, finish, labels=labels)
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"optimizer step {self.step + 1}: the gradient's norm is {grad_norm}; resume from the last checkpoint")
@@ -196,6 +222,15 @@ class Policy:
             output.sums["policy/mtp_loss"] = (value, tokens)
         outputs.append(output)
         return output.loss_sum, torch.tensor(output.count, dtype=torch.int, device=logits.device), {}
+
+    def _score_loss(
+        self, microbatch: Microbatch, scores: torch.Tensor, *, loss: ScoreLoss, outputs: list[LossOutput]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+        """scores [1, T, 1]: a sequence's score is its last token's."""
+        ends_N = microbatch.cu_seqlens[1 : microbatch.num_sequences + 1].to(scores.device) - 1
+        output = loss(scores[0, :, 0].index_select(0, ends_N), microbatch)
+        outputs.append(output)
+        return output.loss_sum, torch.tensor(output.count, dtype=torch.int, device=scores.device), {}
 
     def _collect(
         self, microbatch: Microbatch, logits: torch.Tensor, *, temperature: float, found: list[torch.Tensor]

@@ -31,9 +31,9 @@ from megatron.core.utils import init_method_normal
 
 from megatron_r1.mcore import cpu
 from megatron_r1.mcore.attention import GroupedAttention, LatentAttention, PackedAttention
-from megatron_r1.mcore.gpt import GroupedConfig, PolicyModel
+from megatron_r1.mcore.gpt import GroupedConfig, PolicyModel, ScoreHead
 from megatron_r1.mcore.norm import RMSNorm
-from megatron_r1.models import family
+from megatron_r1.models import family, is_reward_model
 from megatron_r1.parallel import Parallel
 
 ALWAYS: dict[Any, type[torch.nn.Module]] = {SelfAttention: GroupedAttention}
@@ -132,7 +132,7 @@ def _chunk(config: TransformerConfig, hf: dict[str, Any], *, vp_stage: int | Non
     mtp = None
     if config.mtp_num_layers:
         mtp = get_gpt_mtp_block_spec(config, _moe_layer(config), use_transformer_engine=engine, vp_stage=vp_stage)
-    return PolicyModel(
+    model = PolicyModel(
         config,
         _with_own_modules(block, own),
         mtp_block_spec=_with_own_modules(mtp, own),
@@ -145,6 +145,9 @@ def _chunk(config: TransformerConfig, hf: dict[str, Any], *, vp_stage: int | Non
         rotary_base=config.rotary_base,
         vp_stage=vp_stage,
     )
+    if model.post_process and is_reward_model(hf):
+        model.output_layer = ScoreHead(config)
+    return model
 
 
 def _moe_layer(config: TransformerConfig) -> ModuleSpec:

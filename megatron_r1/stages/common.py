@@ -12,12 +12,13 @@ from typing import Any, TextIO
 
 from megatron_r1 import checks, cost, data
 from megatron_r1.chat import Chat
-from megatron_r1.config_stages import StageConfig
+from megatron_r1.config_stages import GRPOConfig, StageConfig
 from megatron_r1.evaluation import evaluate
 from megatron_r1.mcore import checkpoint, distributed
 from megatron_r1.mcore.optimizer import Training
 from megatron_r1.mcore.policy import Policy
 from megatron_r1.metrics import Metrics, Record, Stopwatch, progress
+from megatron_r1.mixture import Mixture, load_general
 from megatron_r1.packing import TokenSequence, pack, plan
 from megatron_r1.problem import Problem
 from megatron_r1.rollout.engine import SamplingParams, never
@@ -29,6 +30,7 @@ from megatron_r1.types import Microbatch, Sample
 from megatron_r1.watchdog import Watchdog
 from megatron_r1.weights import shard
 
+Cursor = data.Dataset | Mixture
 CANARY_TOKENS = 48
 DONE, STOP = "done", "stop"  # files in the run's folder: it is done; save and end, please
 
@@ -46,7 +48,7 @@ class Parts:
     watchdog: Watchdog
     fleet: Fleet | None
     scorer: Scorer | None  # on the leader of each model-parallel group
-    problems: data.Dataset[Problem] | None
+    problems: Mixture | None
     held_out: list[Problem]
 
 
@@ -103,13 +105,18 @@ def training(config: StageConfig, *, steps: int, train_mtp: bool) -> Training:
     return Training(**settings, lr_decay_steps=decay, train_mtp=train_mtp)
 
 
-def load_problems(config: StageConfig) -> tuple[data.Dataset[Problem], list[Problem]]:
+def load_problems(config: StageConfig) -> tuple[Mixture, list[Problem]]:
     """The problems to train on, with their cursor, and those held out."""
-    d = config.data
-    fields = d.model_dump(exclude={"held_out", "conversations"})
-    problems = data.load_problems(**fields, seed=config.run.seed)
-    train, held_out = data.split_held_out(problems, d.held_out, seed=config.run.seed)
-    return data.Dataset(train, seed=config.run.seed), held_out
+    d, seed = config.data, config.run.seed
+    fields = d.model_dump(exclude={"held_out", "conversations", "preferences", "general_jsonl", "general_from_step", "general_share"})
+    problems = data.load_problems(**fields, seed=seed)
+    train, held_out = data.split_held_out(problems, d.held_out, seed=seed)
+    reasoning = data.Dataset(train, seed=seed)
+    if d.general_jsonl is None or not isinstance(config, GRPOConfig):
+        return Mixture(reasoning), held_out
+    general = data.Dataset(load_general(d.general_jsonl, first_id=len(problems)), seed=seed)
+    count = round(d.general_share * config.batch.problems)
+    return Mixture(reasoning, general, general_count=count, from_step=d.general_from_step), held_out
 
 
 def make_fleet(config: StageConfig, policy: Policy, hf: dict[str, Any]) -> Fleet:
@@ -178,7 +185,7 @@ def is_due(every: int, step: int, previous: int) -> bool:
     return every > 0 and step // every > previous // every
 
 
-def resume(config: StageConfig, parts: Parts, cursor: data.Dataset) -> bool:
+def resume(config: StageConfig, parts: Parts, cursor: Cursor) -> bool:
     """Continue from the run's latest checkpoint, if there is one. Collective."""
     latest = checkpoint.latest(parts.folder / "checkpoints") if config.checkpoint.resume else None
     if latest is None:
@@ -189,7 +196,7 @@ def resume(config: StageConfig, parts: Parts, cursor: data.Dataset) -> bool:
     return True
 
 
-def save(config: StageConfig, parts: Parts, cursor: data.Dataset) -> None:
+def save(config: StageConfig, parts: Parts, cursor: Cursor) -> None:
     """Write a checkpoint and drop old ones. Collective."""
     checkpoint.save(
         parts.policy,
@@ -200,7 +207,7 @@ def save(config: StageConfig, parts: Parts, cursor: data.Dataset) -> None:
     )
 
 
-def finish(config: StageConfig, parts: Parts, cursor: data.Dataset, *, done: bool) -> None:
+def finish(config: StageConfig, parts: Parts, cursor: Cursor, *, done: bool) -> None:
     """Save where the run stands, export the model and mark the run `done` if it is, and let go of everything. Collective."""
     if checkpoint.latest_step(parts.folder / "checkpoints") != parts.policy.step:
         save(config, parts, cursor)

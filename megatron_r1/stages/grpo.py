@@ -88,7 +88,7 @@ def roll_out(config: GRPOConfig, parts: common.Parts, *, watch: Stopwatch) -> tu
         if count == 0:
             break
         parts.watchdog.feed()
-        samples = common.roll_out(parts, parts.problems.take(count), how, watch=watch, stop=parts.stop.is_noted)
+        samples = common.roll_out(parts, parts.problems.take(count, step=parts.policy.step), how, watch=watch, stop=parts.stop.is_noted)
         if parts.stop.agreed():
             return [], []
         groups += [samples[start : start + how.n] for start in range(0, len(samples), how.n)]

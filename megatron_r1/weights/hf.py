@@ -96,22 +96,24 @@ def write(
     tensors: Iterable[tuple[str, torch.Tensor]],
     *,
     source_folder: str | Path,
+    config: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> None:
     """A Hugging Face checkpoint in `folder` from a stream of (name, tensor); holds at most one shard in memory.
 
-    Configuration, tokenizer, chat template and custom code are copied from `source_folder`. Floating tensors become
-    `dtype` where it is given, and config.json then says so. The folder appears complete or not at all. Raises
-    ValueError when it exists with something in it, unless `overwrite`.
+    Configuration, tokenizer, chat template and custom code are copied from `source_folder`, but config.json is `config`
+    where that is given and says something else. Floating tensors become `dtype` where it is given, and config.json then
+    says so. The folder appears complete or not at all. Raises ValueError when it exists with something in it, unless
+    `overwrite`.
     """
     folder, source = Path(folder), Path(source_folder)
     check_target(folder, overwrite=overwrite)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _copy_description(source, partial, dtype=dtype)
+    _copy_description(source, partial, config=config, dtype=dtype)
     _write_shards(partial, tensors, dtype=dtype, shard_bytes=shard_bytes)
     if folder.exists():
         shutil.rmtree(folder)
@@ -127,17 +129,19 @@ def check_target(folder: str | Path, *, overwrite: bool) -> None:
         raise ValueError(f"{folder}: is not empty; name another folder or allow overwriting it")
 
 
-def _copy_description(source: Path, target: Path, *, dtype: torch.dtype | None) -> None:
+def _copy_description(source: Path, target: Path, *, config: Mapping[str, Any] | None, dtype: torch.dtype | None) -> None:
     config_file = source / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{config_file}: missing; give the folder the model came from")
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in COPIED and not file.name.endswith(".index.json"):
             shutil.copyfile(file, target / file.name)
-    config = json.loads(config_file.read_text())
+    original = json.loads(config_file.read_text())
+    config = dict(original if config is None else config)
     if dtype is not None:
         key = "dtype" if "dtype" in config else "torch_dtype"
         config[key] = str(dtype).removeprefix("torch.")
+    if config != original:
         _write_json(target / "config.json", config)
     if not (target / "generation_config.json").exists():
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from megatron_r1.weights.hf import Reader
 from megatron_r1.weights.rules import rules
 
 RESIDUAL = ("o_proj.weight", "down_proj.weight")
+SCORE = "score.weight"
 
 
 class RandomWeights:
@@ -40,3 +42,22 @@ class RandomWeights:
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode()).digest()[:8], "little", signed=True)
         std = self.residual_std if name.endswith(RESIDUAL) else self.std
         return torch.empty(shape).normal_(std=std, generator=torch.Generator().manual_seed(seed))[index]
+
+
+class NewHead:
+    """A language model's weights as a reward model's: without its output layer and with a random `score.weight`."""
+
+    def __init__(self, language_model: Reader, hf: dict[str, Any], *, seed: int) -> None:
+        self.folder, self.language_model, self.random = language_model.folder, language_model, RandomWeights(hf, seed=seed)
+        self.files = {name: file for name, file in language_model.files.items() if name != "lm_head.weight"} | {SCORE: self.random.folder}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._of(name).shape(name)
+
+    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """One rectangular part of a tensor."""
+        return self._of(name).read(name, index)
+
+    def _of(self, name: str) -> Reader:
+        return self.random if name == SCORE else self.language_model

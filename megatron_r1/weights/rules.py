@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_r1.models import family
+from megatron_r1.models import family, is_reward_model
 
 if TYPE_CHECKING:
     import torch
@@ -140,9 +140,12 @@ class Rule:
 def rules(hf: dict[str, Any]) -> tuple[Rule, ...]:
     """The table of the family that `hf` (a config.json) names, in the order of the Hugging Face checkpoint.
 
-    Raises ValueError for a family that is not built.
+    A reward model has its scalar head in the place of the output layer. Raises ValueError for a family that is not built.
     """
-    return family(hf).rules(hf)
+    table = family(hf).rules(hf)
+    if not is_reward_model(hf):
+        return table
+    return (*(entry for entry in table if entry.megatron != "output_layer.weight"), rule("output_layer", "score", (1, hf["hidden_size"])))
 
 
 def rule(target: str, source: str, shape: tuple[int, ...], **fields: Any) -> Rule:

@@ -269,7 +269,7 @@ def save(
     check_target(folder, overwrite=overwrite)  # on every rank: one that raised alone would leave the others waiting
     tensors = export(chunks, hf)
     if dist.get_rank() == 0:
-        write(folder, tensors, source_folder=source_folder, dtype=dtype, overwrite=overwrite)
+        write(folder, tensors, source_folder=source_folder, config=hf, dtype=dtype, overwrite=overwrite)
     for _ in tensors:  # the other ranks only take part
         pass
     dist.barrier()
