@@ -23,7 +23,7 @@ from megatron_r1 import models
 from megatron_r1.algorithms import reward_model
 from megatron_r1.packing import TokenSequence, pack, plan
 from megatron_r1.parallel import Parallel
-from megatron_r1.types import LossOutput, Microbatch
+from megatron_r1.types import Microbatch
 from megatron_r1.weights.rules import rules
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,7 +151,8 @@ def test_a_reward_model_is_its_decoder_with_one_label():
         models.reward_model({"architectures": ["LlamaForSequenceClassification"], "num_labels": 3})
 
 
-# The stage on data that are easily told apart: the better summary agrees, whatever the reasoning before it says.
+# The stage on data that are easily told apart: the better summary has the larger digit, whatever the reasoning before it says;
+# a response is safe if the digit of its reasoning is large.
 
 STAGE = """
 kind = "{kind}"
@@ -183,13 +184,14 @@ def write_preferences(file: Path, kind: str, *, count: int = 224) -> None:
     rng = random.Random(0)
     with file.open("w") as lines:
         for _ in range(count):
-            prompt = f"is {rng.randint(0, 99)} even?"
-            good, bad = (f"<think>{rng.choice(['sure', 'never'])}</think>{word} {rng.randint(0, 9)}" for word in ("sure", "never"))
-            row = {"prompt": prompt, "chosen": good, "rejected": bad}
-            if kind == "pointwise":
-                label = rng.choice(["safe", "unsafe"])
-                thought = "sure" if label == "safe" else "never"  # the reasoning alone tells
-                row = {"messages": [{"role": "user", "content": prompt}], "response": f"<think>{thought}</think>ok", "label": label}
+            prompt, thought, digit = f"number {rng.randint(10, 99)}?", rng.randint(0, 9), rng.randint(0, 9)
+            if kind == "pairwise":
+                low, high = sorted(rng.sample(range(10), 2))
+                row = {"prompt": prompt, **{n: f"<think>{thought}</think>so {d}" for n, d in (("chosen", high), ("rejected", low))}}
+            else:
+                messages = [{"role": "user", "content": prompt}]
+                label = "safe" if thought >= 5 else "unsafe"
+                row = {"messages": messages, "response": f"<think>so {thought}</think>{digit}", "label": label}
             lines.write(json.dumps(row) + "\n")
 
 
@@ -219,8 +221,8 @@ def test_a_head_learns_to_tell_answers_apart_that_it_has_not_seen(kind: str, tmp
     assert process.returncode == 0, output
     first, *_, last = records(tmp_path)
     assert first["eval/accuracy"] < 0.75
-    assert last["eval/accuracy"] >= 0.95, output
-    assert last["eval/loss"] < 0.2 < first["eval/loss"]
+    assert last["eval/accuracy"] >= 0.9, output
+    assert last["eval/loss"] < 0.4 < first["eval/loss"]
     assert last["step"] == 36
     config = json.loads((tmp_path / "run/hf/config.json").read_text())
     assert config == models.reward_model(json.loads((TINY / "config.json").read_text()))
@@ -263,8 +265,3 @@ def test_a_mistake_is_one_line(overrides: tuple[str, ...], words: str, tmp_path:
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 2, output
     assert words in output.splitlines()[-1], output
-
-
-def collected(found: dict[int, float], scores_N: torch.Tensor, batch: Microbatch) -> LossOutput:
-    found.update(zip(batch.indices, scores_N.tolist(), strict=True))
-    return LossOutput(scores_N.sum(), 1)
