@@ -143,7 +143,6 @@ def check_batch(config: GRPOConfig) -> None:
         raise ValueError(f"batch.problems = {b.problems}: fewer than the {dp} data-parallel ranks; raise it or lower parallel.world_size")
     if b.problems * b.completions // b.minibatches < dp:
         raise ValueError(f"batch.minibatches = {b.minibatches}: leaves fewer outputs a step than the {dp} data-parallel ranks; lower it")
-    if config.batch.chunk_tokens < config.sampling.max_tokens:
-        raise ValueError(
-            f"batch.chunk_tokens = {b.chunk_tokens}: shorter than sampling.max_tokens = {config.sampling.max_tokens}; raise it"
-        )
+    longest = max([config.sampling.max_tokens, *(tokens for _, tokens in config.sampling.max_tokens_schedule)])
+    if b.chunk_tokens < longest:
+        raise ValueError(f"batch.chunk_tokens = {b.chunk_tokens}: shorter than sampling.max_tokens, up to {longest}; raise it")

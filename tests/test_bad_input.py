@@ -65,7 +65,7 @@ OVERRIDES = {
     'model.init="weights"': ("model.path", "safetensors", "model.init"),
     "batch.minibatches=3": ("batch.minibatches = 3", "divide", "16"),
     "batch.completions=1": ("batch.completions = 1", "2 or more"),
-    "steps=5": ("steps = 5", "multiple of the 2"),
+    "steps=0": ("steps = 0", "greater than or equal to 1"),
     "reference_refresh_steps=3": ("reference_refresh_steps = 3", "multiple"),
     "batch.problems=1": ("batch.problems = 1", "data-parallel"),
     "batch.chunk_tokens=16": ("batch.chunk_tokens = 16", "sampling.max_tokens"),

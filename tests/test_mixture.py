@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1 import config
 from megatron_r1.data import Dataset
 from megatron_r1.mixture import Mixture, load_general
 from megatron_r1.problem import Problem
@@ -74,8 +73,7 @@ def test_general_prompts_carry_their_source_and_numbers_of_their_own(tmp_path: P
         load_general(str(file), first_id=0)
 
 
-def test_general_prompts_begin_with_a_rollout():
-    tree = {"model": {"path": "m"}, "steps": 1696, "data": {"general_from_step": 1296}}
-    assert config.parse("grpo", tree).data.general_from_step == 1296
-    with pytest.raises(ValueError, match=r"data\.general_from_step = 1300: must be a multiple of the 16 optimizer steps of a rollout"):
-        config.parse("grpo", {**tree, "data": {"general_from_step": 1300}})
+def test_general_prompts_begin_with_the_first_rollout_of_the_last_400_steps():
+    mixed = mixture(from_step=1300)
+    assert {p.source for p in mixed.take(8, step=1296)} == {"math"}
+    assert {p.source for p in mixed.take(8, step=1312)} == {"math", "helpful"}

@@ -60,11 +60,9 @@ def main(config: GRPOConfig) -> None:
             if options.kl_coefficient:
                 policy.attach_logprobs(every, "ref", temperature=temperature)
         with watch.phase("train"):
-            updates = [
-                policy.train_step(minibatch, loss, temperature=temperature)
-                for _ in range(config.batch.inner_epochs)
-                for minibatch in minibatches
-            ]
+            turns = minibatches * config.batch.inner_epochs
+            left = config.steps - policy.step  # R1's second stage ends with a quarter of a rollout: 1,700 = 106 x 16 + 4
+            updates = [policy.train_step(minibatch, loss, temperature=temperature) for minibatch in turns[:left]]
         if config.reference_refresh_steps and policy.step % config.reference_refresh_steps == 0:
             policy.refresh_reference()
 
