@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_r1 import chat_templates
 from megatron_r1.packing import TokenSequence
 from megatron_r1.problem import Conversation, Problem
 
@@ -15,8 +16,9 @@ from megatron_r1.problem import Conversation, Problem
 class Chat:
     """A model's tokenizer and how it writes a chat down."""
 
-    def __init__(self, folder: str | Path, *, chat_template: bool = True):
-        """folder: with the tokenizer's files. chat_template False: a prompt is its text alone, and an answer follows it.
+    def __init__(self, folder: str | Path, *, chat_template: bool | str = True):
+        """folder: with the tokenizer's files. chat_template: a Jinja file instead of the tokenizer's own template, or False: a
+        prompt is its text alone, and an answer follows it.
 
         Raises ValueError for a folder without a tokenizer, and for a tokenizer without an end token or, when it is to be
         used, a chat template.
@@ -31,12 +33,12 @@ class Chat:
             raise ValueError(
                 f"model.path = {str(folder)!r}: its tokenizer has no eos_token, so no completion can end; set it in tokenizer_config.json"
             )
-        if chat_template and not self.tokenizer.chat_template:
+        self.template = chat_templates.chat_template(chat_template) or self.tokenizer.chat_template
+        if not self.template:
             raise ValueError(
                 f"model.path = {str(folder)!r}: its tokenizer has no chat template; "
-                "add one to tokenizer_config.json, or set chat_template = false to send prompts as they are"
+                "set chat_template to a Jinja file, or chat_template = false to send prompts as they are"
             )
-        self.has_template = chat_template
         self.eos_id: int = self.tokenizer.eos_token_id
 
     def prompt_ids(self, problem: Problem) -> list[int]:
@@ -46,7 +48,8 @@ class Chat:
     def sequence(self, conversation: Conversation) -> TokenSequence:
         """The conversation's tokens; learned are those the assistant writes, its end token included.
 
-        Each turn is tokenized on its own, as in a rollout, where the completion follows the prompt's tokens.
+        Each turn is tokenized on its own, as in a rollout, where the completion follows the prompt's tokens. Where the template
+        shortens an earlier answer (R1's drops its reasoning), what stands before the last answer is context and not learned.
         Raises ValueError if the template drops or rewrites what was said, or does not end an assistant's turn.
         """
         messages = list(conversation.messages)
@@ -56,13 +59,17 @@ class Chat:
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
+            history = self._render(messages[:turn], is_open=False)
             before = self._render(messages[:turn], is_open=True)
             after = self._render(messages[: turn + 1], is_open=False)
-            if not before.startswith(done) or not after.startswith(before) or message["content"].strip() not in after[len(before) :]:
+            is_whole = without_space(message["content"]) in without_space(after[len(history) :])
+            if not before.startswith(history) or not after.startswith(before) or not is_whole:
                 raise ValueError(
                     f"the chat template rewrites the conversation at message {turn} ({message['content']!r:.40}), "
                     "so its tokens cannot be learned as written; use a template that keeps every message in full"
                 )
+            if not before.startswith(done):
+                ids, learned, done = [], [], ""
             given, answer = self._ids(before[len(done) :]), self._ids(after[len(before) :])
             if self.eos_id not in answer:
                 raise ValueError(
@@ -98,10 +105,15 @@ class Chat:
 
     def _render(self, messages: list[dict[str, str]], *, is_open: bool) -> str:
         """The messages as one text; open: up to where the assistant's next turn begins."""
-        if not self.has_template:
-            return "".join(m["content"] + (self.tokenizer.eos_token if m["role"] == "assistant" else "") for m in messages)
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=is_open
+            )
         except jinja2.TemplateError as error:
             roles = ", ".join(m["role"] for m in messages)
             raise ValueError(f"the chat template refuses a conversation of {roles}: {error}; reorder its messages") from None
+
+
+def without_space(text: str) -> str:
+    """What a template must keep of a message; it may set line breaks of its own around the reasoning."""
+    return "".join(text.split())

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from megatron_r1 import models, parallel, plugins, scoring
+from megatron_r1 import chat_templates, models, parallel, plugins, scoring
 from megatron_r1.config_stages import GRPOConfig, RewardModelConfig, SFTConfig, StageConfig
 
 
 def check(config: StageConfig) -> None:
     """Raise ValueError with one line for the first thing that cannot work."""
     hf = check_model(config)
+    chat_templates.chat_template(config.chat_template)
     check_layout(config, hf)
     check_data(config)
     check_rollout(config, hf)

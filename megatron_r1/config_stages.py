@@ -41,7 +41,7 @@ class StageConfig(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
-    chat_template: bool = True  # false: the prompt is the text alone
+    chat_template: bool | str = True  # the tokenizer's; false: the prompt is the text alone; or a Jinja file (configs/templates)
 
     @property
     def needs_rollouts(self) -> bool:

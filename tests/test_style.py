@@ -178,7 +178,7 @@ def test_assertions_say_what_was_wrong():
 
 def test_text_is_ascii_and_leaves_nothing_for_later():
     bad = []
-    for path in [*SOURCES, *(ROOT / "configs").rglob("*.toml"), *(ROOT / "slurm").glob("*.sh")]:
+    for path in [*SOURCES, *(ROOT / "configs").rglob("*.toml"), *(ROOT / "configs").rglob("*.jinja"), *(ROOT / "slurm").glob("*.sh")]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if not line.isascii() or re.search(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", line) or len(line) > 140:
                 bad.append(f"{relative(path)}:{number}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -214,6 +215,8 @@ def finish(config: StageConfig, parts: Parts, cursor: Cursor, *, done: bool) -> 
     if done and config.checkpoint.export:
         target = parts.folder / "hf"
         shard.save(parts.policy.chunks, parts.policy.hf, folder=target, source_folder=config.model.path, overwrite=True)
+        if isinstance(config.chat_template, str) and distributed.rank() == 0:
+            shutil.copyfile(config.chat_template, target / "chat_template.jinja")  # over the tokenizer's own, for whoever serves it
         say(f"exported {target}")
     if done and distributed.rank() == 0:
         (parts.folder / DONE).write_text(f"{parts.policy.step}\n")
