@@ -1,9 +1,9 @@
 """The command line.
 
     python -m megatron_r1 demo                                            R1 in miniature, on this machine
-    python -m megatron_r1 {sft,grpo,eval,reward-model} CONFIG.toml [section.key=value ...]
+    python -m megatron_r1 {sft,grpo,reject,eval,reward-model} CONFIG.toml [section.key=value ...]
     python -m megatron_r1 convert {hf-to-megatron,megatron-to-hf,fp8-cast,compare,verify} ...
-    python -m megatron_r1 plan {sft,grpo,eval,...} CONFIG.toml ...        check a config; print what it comes to
+    python -m megatron_r1 plan {sft,grpo,...} CONFIG.toml ...             check a config; print what it comes to
     python -m megatron_r1 serve CONFIG.toml rollout.host=NODE ...         a cluster node's vLLM servers
     python -m megatron_r1 status RUN                                      where a run stands, and what it cost
     python -m megatron_r1 report RUN [RUN2 ...]                           its figures as one HTML page
@@ -19,7 +19,13 @@ import os
 import sys
 
 USAGE_ERROR = 2  # exit code of every mistake a user can mend; its message is one line
-STAGES = {"sft": "sft", "grpo": "grpo", "eval": "evaluate", "reward-model": "reward_model"}  # command -> file in stages/
+STAGES = {  # command -> file in stages/
+    "sft": "sft",
+    "grpo": "grpo",
+    "reject": "rejection",
+    "eval": "evaluate",
+    "reward-model": "reward_model",
+}
 TOOLS = {  # command -> module and its function of the arguments, which returns the exit code
     "demo": ("demo", "demo"),
     "convert": ("convert_cli", "main"),

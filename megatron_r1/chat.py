@@ -106,9 +106,7 @@ class Chat:
     def _render(self, messages: list[dict[str, str]], *, is_open: bool) -> str:
         """The messages as one text; open: up to where the assistant's next turn begins."""
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=is_open
-            )
+            return self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False, add_generation_prompt=is_open)
         except jinja2.TemplateError as error:
             roles = ", ".join(m["role"] for m in messages)
             raise ValueError(f"the chat template refuses a conversation of {roles}: {error}; reorder its messages") from None

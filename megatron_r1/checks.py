@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from megatron_r1 import chat_templates, models, parallel, plugins, scoring
-from megatron_r1.config_stages import GRPOConfig, RewardModelConfig, SFTConfig, StageConfig
+from megatron_r1.config_stages import GRPOConfig, RejectionConfig, RewardModelConfig, SFTConfig, StageConfig
 
 
 def check(config: StageConfig) -> None:
     """Raise ValueError with one line for the first thing that cannot work."""
-    hf = check_model(config)
+    if isinstance(config, RejectionConfig):
+        check_rejection(config)
+    hf = {} if config.serves_own_weights and config.rollout.urls else check_model(config)
     chat_templates.chat_template(config.chat_template)
     check_layout(config, hf)
     check_data(config)
@@ -112,11 +115,16 @@ def check_rollout(config: StageConfig, hf: dict[str, Any]) -> None:
     if r.weight_transfer in ("nccl", "ipc") and not has_gpu():
         raise ValueError(f'rollout.weight_transfer = {r.weight_transfer!r}: needs a GPU, and there is none; set "gloo" or "file"')
     for url in r.urls:
-        parts = urlparse(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"rollout.urls = {url!r}: not a server's address; write it as http://host:port")
+        check_url(url, setting="rollout.urls")
     if config.needs_rollouts and not r.urls and importlib.util.find_spec("vllm") is None:
         raise ValueError("rollout.servers: vLLM is not installed here; install the cpu or gpu extra, or set rollout.urls")
+
+
+def check_url(url: str, *, setting: str) -> None:
+    """A server's address."""
+    parts = urlparse(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{setting} = {url!r}: not a server's address; write it as http://host:port")
 
 
 def has_gpu() -> bool:
@@ -133,6 +141,22 @@ def check_run_folder(config: StageConfig) -> None:
         (folder / ".writable").unlink()
     except OSError as error:
         raise ValueError(f"run.dir = {config.run.dir!r}: cannot be written: {error.strerror}") from None
+
+
+def check_rejection(config: RejectionConfig) -> None:
+    """One process, a judge with an address and a key where they are named, and no template that nobody applies."""
+    if config.parallel.world_size != 1:
+        raise ValueError(f"parallel.world_size = {config.parallel.world_size}: rejection sampling is one process; set it to 1")
+    if config.rollout.urls and config.chat_template is not True:
+        raise ValueError(
+            f"chat_template = {config.chat_template!r}: the servers of rollout.urls apply their own; start them with --chat-template, "
+            "and leave chat_template out"
+        )
+    if config.judge.url:
+        check_url(config.judge.url, setting="judge.url")
+    for setting, name in (("api_key_env", config.api_key_env), ("judge.api_key_env", config.judge.api_key_env)):
+        if name and not os.environ.get(name):
+            raise ValueError(f"{setting} = {name!r}: no such variable in the environment; export it, or leave the setting out")
 
 
 def check_batch(config: GRPOConfig) -> None:

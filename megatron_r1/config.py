@@ -99,13 +99,12 @@ def dump(config: BaseModel) -> str:
 def _dump_table(tree: Tree, path: tuple[str, ...], lines: list[str]) -> None:
     if path:
         lines += ["", f"[{'.'.join(map(_toml_key, path))}]"]
-    tables = {k: v for k, v in tree.items() if isinstance(v, dict)}
+    tables = {k: v for k, v in tree.items() if isinstance(v, dict) and v}
     for key, value in tree.items():
         if key not in tables:
-            lines.append(f"{_toml_key(key)} = {json.dumps(value)}")  # JSON scalars and lists are TOML's
+            lines.append(f"{_toml_key(key)} = {json.dumps(value)}")  # JSON scalars and lists are TOML's, and so is {}
     for key, table in tables.items():
-        if table:
-            _dump_table(table, (*path, key), lines)
+        _dump_table(table, (*path, key), lines)
 
 
 def _toml_key(key: str) -> str:

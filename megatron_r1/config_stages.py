@@ -13,12 +13,15 @@ from megatron_r1.config_types import (
     Count,
     Data,
     Evaluation,
+    Filters,
+    Judge,
     Layout,
     Logging,
     Model,
     NonNegative,
     Optimizer,
     Positive,
+    Quota,
     Rewards,
     Rollout,
     Run,
@@ -47,6 +50,11 @@ class StageConfig(Section):
     def needs_rollouts(self) -> bool:
         """Whether servers must run beside the trainer."""
         return self.evaluation.problems > 0
+
+    @property
+    def serves_own_weights(self) -> bool:
+        """Whether the servers load the folder's weights and take chats, as no trainer sends them anything."""
+        return False
 
 
 class SFTConfig(StageConfig):
@@ -90,18 +98,39 @@ class EvalConfig(StageConfig):
     pass
 
 
-class PipelineConfig(Section):
-    """Stages one after the other (stages/pipeline.py has their graph); paths are as seen from where the command runs."""
+class RejectionConfig(StageConfig):
+    """Sampling is `sampling`'s (R1 publishes neither temperature nor samples; its cold start samples at 1.0); with `rollout.urls`
+    the sampler is any OpenAI-compatible server, as a teacher's, and `model` is not read."""
 
-    dir: str  # each stage's folder is in it
-    seed: NonNegative = 1  # of every stage
-    base: str  # the base model's Hugging Face folder
-    student: str = ""  # the model that the distillation trains
-    stages: dict[str, str]  # name of the graph -> its config; those that are not here are left out
-    evaluation: str = ""  # a config of `eval`, run on the base model and on what each stage makes; "" = no evaluation
-    job: dict[str, str] = {}  # name -> settings of its Slurm job, as "NODES=66 TRAIN_NODES=64" (slurm/pipeline.sh)
-    first: str = ""  # begin with this stage; "" = the first
-    last: str = ""  # end with this one; "" = the last
+    model: Model | None = None
+    served_model: str = ""  # of those that rollout.urls serve; "" = the only one
+    api_key_env: str = ""  # the environment variable that holds the servers' key; "" = they need none
+    samples: Count = 16  # completions a problem; R1's is not published
+    required: dict[str, float] = {"accuracy": 1.0}  # reward -> the least score of a completion that is kept
+    in_flight: Count = 256  # requests at a time
+    window: Count = 256  # problems sampled ahead of the first that is not finished: the output keeps their order
+    filters: Filters = Filters()
+    quota: Quota = Quota()
+    judge: Judge = Judge()
+
+    @property
+    def needs_rollouts(self) -> bool:
+        return True
+
+    @property
+    def serves_own_weights(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> RejectionConfig:
+        if self.model is None and not self.rollout.urls:
+            raise ValueError("model.path: required where rollout.urls is empty; give the model to sample from, or servers' addresses")
+        if bool(self.judge.url) != bool(self.judge.sources):
+            raise ValueError(f"judge.url = {self.judge.url!r}, judge.sources = {self.judge.sources}: set both or neither")
+        for name in self.required:
+            if name not in self.rewards.weights:
+                raise ValueError(f"required.{name}: rewards.weights has no {name!r}; give it a weight, 0.0 will do")
+        return self
 
 
 class RewardModelOptimizer(Optimizer):
@@ -137,4 +166,24 @@ class RewardModelConfig(StageConfig):
         return self
 
 
-STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "grpo": GRPOConfig, "eval": EvalConfig, "reward-model": RewardModelConfig}
+class PipelineConfig(Section):
+    """Stages one after the other (stages/pipeline.py has their graph); paths are as seen from where the command runs."""
+
+    dir: str  # each stage's folder is in it
+    seed: NonNegative = 1  # of every stage
+    base: str  # the base model's Hugging Face folder
+    student: str = ""  # the model that the distillation trains
+    stages: dict[str, str]  # name of the graph -> its config; those that are not here are left out
+    evaluation: str = ""  # a config of `eval`, run on the base model and on what each stage makes; "" = no evaluation
+    job: dict[str, str] = {}  # name -> settings of its Slurm job, as "NODES=66 TRAIN_NODES=64" (slurm/pipeline.sh)
+    first: str = ""  # begin with this stage; "" = the first
+    last: str = ""  # end with this one; "" = the last
+
+
+STAGES: dict[str, type[StageConfig]] = {
+    "sft": SFTConfig,
+    "grpo": GRPOConfig,
+    "eval": EvalConfig,
+    "reject": RejectionConfig,
+    "reward-model": RewardModelConfig,
+}

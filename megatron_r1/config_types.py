@@ -167,3 +167,36 @@ class Logging(Section):
     tensorboard: bool = True
     console_every: Count = 10  # SFT: optimizer steps a console line
     completions: NonNegative = 4  # sample completions a step in TensorBoard's text tab
+
+
+class Filters(Section):
+    """Which completions rejection sampling drops although they are correct. What to look for is R1's (arXiv 2501.12948v2, B.3.3, and
+    B.3.2 for repetition); it publishes no threshold, so every number here is this project's own."""
+
+    needs_reasoning: bool = True  # drop what has nothing between its think tags; false: for teachers that do not reason
+    allows_code_blocks: bool = False  # in the reasoning (B.3.3 drops them); the answer may always have some
+    min_language_share: Share = 0.9  # of the reasoning's words, in the prompt's language (B.3.3: mixed languages); ours
+    max_paragraph_characters: Count = 4000  # of the reasoning (B.3.3: long paragraphs); ours
+    max_repeated_ngrams: Share = 0.3  # share of the reasoning's n-grams that stood there before (B.3.2: repetition); ours
+    ngram: Count = 10  # words of an n-gram; ours
+    max_repeated_lines: Count = 8  # times that one line may stand in the reasoning (B.3.2: repetition); ours
+    max_tokens: Count = 32_768  # of a completion: the context of R1's SFT (B.4.2)
+
+
+class Quota(Section):
+    """The most conversations to keep; no limit where none is set."""
+
+    per_source: Count | None = None  # of one source of problems
+    per_problem: Count | None = None  # the first of those that pass
+
+
+class Judge(Section):
+    """A model that checks answers where no rule can, as R1 asks DeepSeek-V3 (arXiv 2501.12948v2, B.3.3)."""
+
+    sources: list[str] = []  # whose problems it judges: patterns of Problem.source, as ["*essays*"]
+    url: str = ""  # an OpenAI-compatible server
+    model: str = ""  # of those it serves; "" = the only one
+    api_key_env: str = ""  # the environment variable that holds the server's key; "" = it needs none
+    max_tokens: Count = 2048  # of a verdict
+    tries: Count = 3  # verdicts to ask for until one can be read
+    in_flight: Count = 64  # requests at a time

@@ -26,7 +26,12 @@ class Columns:
     source_key: str | None = None  # where a row has its own source, so that one file can mix several; default: the data set's name
 
 
-def load_problems(
+def load_problems(**source: Any) -> list[Problem]:
+    """The problems of `stream_problems`, all at once."""
+    return list(stream_problems(**source))
+
+
+def stream_problems(
     *,
     jsonl: str | None = None,
     huggingface: str | None = None,
@@ -37,8 +42,8 @@ def load_problems(
     size: int | None = None,
     seed: int = 0,
     **columns: str | None,
-) -> list[Problem]:
-    """The problems of exactly one source, in its order; ids count from 0.
+) -> Iterator[Problem]:
+    """The problems of exactly one source, in its order and one at a time; ids count from 0.
 
     jsonl           a file with an object a line
     huggingface     a hub name, a folder written by `save_to_disk`, or a folder of data files; `split` of it
@@ -63,20 +68,24 @@ def load_problems(
     else:
         rows = _reasoning_gym_rows(str(reasoning_gym), options={**(reasoning_gym_options or {}), "size": size or 1000, "seed": seed})
     name, read = str(given[names[0]]), Columns(**columns)
-    problems: dict[tuple[str, str] | int, Problem] = {}
+    count = 0
+    seen: set[tuple[str, str]] = set()
     for where, row in rows:
         prompt = _text(row, read.prompt_key, where=where, setting="data.prompt_key")
         answer = row.get(read.answer_key)  # an object (tests, and the like) travels as text
         answer = json.dumps(answer) if isinstance(answer, dict) else _text(row, read.answer_key, where=where, setting="data.answer_key")
         source = _text(row, read.source_key, where=where, setting="data.source_key") if read.source_key else name
         # A generator repeats itself; a repeat would put held-out problems among those trained on.
-        key = (prompt, answer) if reasoning_gym is not None else len(problems)
-        problems.setdefault(key, Problem(id=len(problems), prompt=prompt, answer=answer, source=source))
-        if size is not None and len(problems) == size:
+        if reasoning_gym is not None and (prompt, answer) in seen:
+            continue
+        if reasoning_gym is not None:
+            seen.add((prompt, answer))
+        yield Problem(id=count, prompt=prompt, answer=answer, source=source)
+        count += 1
+        if count == size:
             break
-    if not problems:
+    if not count:
         raise ValueError(f"data.{names[0]} = {name!r}: holds no problems")
-    return list(problems.values())
 
 
 def load_conversations(path: str, *, size: int | None = None) -> list[Conversation]:
@@ -98,9 +107,14 @@ def split_held_out(problems: Sequence[Problem], count: int, *, seed: int) -> tup
     """(problems to train on, `count` held-out ones), chosen by seed; both in their original order."""
     if count >= len(problems):
         raise ValueError(f"data.held_out = {count}: leaves nothing to train on of {len(problems)} problems; lower it")
-    chosen = set(random.Random(f"held out {seed}").sample(range(len(problems)), count))
+    chosen = held_out_places(len(problems), count, seed=seed)
     train = [problem for i, problem in enumerate(problems) if i not in chosen]
     return train, [problem for i, problem in enumerate(problems) if i in chosen]
+
+
+def held_out_places(total: int, count: int, *, seed: int) -> set[int]:
+    """Which of `total` problems are the `count` held-out ones."""
+    return set(random.Random(f"held out {seed}").sample(range(total), count))
 
 
 class Dataset(Generic[Item]):

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from megatron_r1.chat_templates import server_flags
 from megatron_r1.config import dump
 from megatron_r1.config_stages import StageConfig
 from megatron_r1.config_types import Rollout
@@ -45,6 +46,13 @@ def spanning(rollout: Rollout) -> list[str]:
     return [*flags, *(["--headless"] if rollout.node_rank else [])]
 
 
+def chatting(config: StageConfig) -> list[str]:
+    """vLLM's flags for servers that load the folder's weights and take chats, where the stage wants such."""
+    if not config.serves_own_weights:
+        return []
+    return ["--load-format", "auto", "--no-tokens-only", *server_flags(config.chat_template)]
+
+
 class Servers:
     """The vLLM servers of this machine. They start in the background; the trainer waits for them when it first needs them."""
 
@@ -65,7 +73,7 @@ class Servers:
                 kv_cache_bytes=r.kv_cache_mib << 20,
                 tensor_parallel_size=r.tensor_parallel_size,
                 weight_transfer=r.weight_transfer,
-                extra=["--host", r.host, *spanning(r), *r.vllm_args],
+                extra=["--host", r.host, *spanning(r), *chatting(config), *r.vllm_args],
             )
             env |= devices(i, servers=r.servers)
             self.processes.append(ServerProcess(argv, env, host=r.host, port=port, log_file=logs / f"server{i}.log"))

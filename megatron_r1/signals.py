@@ -6,8 +6,6 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-from megatron_r1.mcore import distributed
-
 
 class StopRequest:
     """Notes what was asked of this rank; all ranks agree on the answer at the same point of the step.
@@ -30,4 +28,6 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Collective."""
+        from megatron_r1.mcore import distributed  # a stage without ranks asks is_noted, and needs no Megatron
+
         return distributed.any_rank(self.is_noted())

@@ -7,14 +7,22 @@ request's seed is its own, so what it samples does not depend on when, where or 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 
 from megatron_r1.mcore import distributed
-from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, RolloutEngine, SamplingParams, never
+from megatron_r1.rollout.engine import (
+    Completion,
+    EngineError,
+    EngineLost,
+    Request,
+    RolloutEngine,
+    SamplingParams,
+    never,
+    request_seed,
+)
 from megatron_r1.types import Microbatch, Problem, Sample
 
 MAX_RECOVERIES = 3  # of one generate call, before the run stops
@@ -29,12 +37,6 @@ class WeightOwner(Protocol):
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]: ...
 
     def attach_logprobs(self, microbatches: list[Microbatch], which: str, *, temperature: float) -> None: ...
-
-
-def request_seed(*parts: int) -> int:
-    """A seed of its own for a request, the same on every layout and after a resume; 62 bits leave room for + completion."""
-    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 2
 
 
 class Fleet:

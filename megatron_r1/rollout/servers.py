@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -31,6 +31,14 @@ class ServerDown(EngineError):
     """A server does not answer any more, or answers that its engine is dead."""
 
 
+class Refused(EngineError):
+    """A live server answered with an HTTP status that is not 200."""
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class NotReady(EngineError):
     """Servers that did not answer in time."""
 
@@ -42,7 +50,7 @@ class NotReady(EngineError):
 class Servers:
     """Calls to one or all of `urls`. `call` is for coroutines run by `submit`, `all` for ordinary code."""
 
-    def __init__(self, urls: Sequence[str], *, limit_seconds: float) -> None:
+    def __init__(self, urls: Sequence[str], *, limit_seconds: float, headers: Mapping[str, str] | None = None) -> None:
         if not urls:
             raise ValueError("rollout.urls = []: no server to talk to; start one or name one")
         self.urls = [url.rstrip("/") for url in urls]
@@ -52,6 +60,7 @@ class Servers:
         self.client = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(limits=limits, socket_options=KEEP_ALIVE, trust_env=False),
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+            headers=headers,
             trust_env=False,  # a proxy has no business between trainer and server
         )
         self.loop = asyncio.new_event_loop()
@@ -63,7 +72,7 @@ class Servers:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     async def call(self, url: str, path: str, body: Any = None, *, method: str = "POST", limit: float | None = None) -> dict[str, Any]:
-        """The JSON answer of one server. ServerDown if it is gone, EngineError for a refusal or after `limit` seconds."""
+        """The JSON answer of one server. ServerDown if it is gone, Refused for a status but 200, EngineError after `limit` seconds."""
         limit = limit or self.limit_seconds
         try:
             async with asyncio.timeout(limit):
@@ -76,7 +85,7 @@ class Servers:
         if reply.status_code >= 500 and path != "/health" and not await self.healthy(url):
             raise ServerDown(f"{url}: the engine is dead (HTTP {reply.status_code} at {path}); see the server's log")
         if reply.status_code != 200:
-            raise EngineError(f"{url}{path}: HTTP {reply.status_code}: {reason(reply)}")
+            raise Refused(f"{url}{path}: HTTP {reply.status_code}: {reason(reply)}", status=reply.status_code)
         return json.loads(reply.content) if reply.content else {}
 
     async def healthy(self, url: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from megatron_r1.problem import Problem
 from megatron_r1.rollout.engine import SamplingParams, never
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.vllm_server import VLLMServers
+from megatron_r1.run_folder import DONE, STOP, hold
 from megatron_r1.scoring import Scorer
 from megatron_r1.signals import StopRequest
 from megatron_r1.types import Microbatch, Sample
@@ -33,7 +33,6 @@ from megatron_r1.weights import shard
 
 Cursor = data.Dataset | Mixture
 CANARY_TOKENS = 48
-DONE, STOP = "done", "stop"  # files in the run's folder: it is done; save and end, please
 
 
 @dataclass
@@ -85,17 +84,6 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
             r = config.rewards
             scorer = Scorer(r.weights, by_source=r.by_source, workers=r.workers, timeout_seconds=r.timeout_seconds, options=r.options)
     return Parts(folder, lock, policy, chat, metrics, stop, watchdog, fleet, scorer, problems, held_out)
-
-
-def hold(folder: Path) -> TextIO:
-    """Lock the run's folder against a second run; the lock goes with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"run.dir = {str(folder)!r}: another run is writing there; wait for its end or choose another folder") from None
-    return file
 
 
 def training(config: StageConfig, *, steps: int, train_mtp: bool) -> Training:
