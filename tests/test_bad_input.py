@@ -60,6 +60,7 @@ OVERRIDES = {
     "optimizer.lr=fast": ("optimizer.lr", "'fast'", "number"),
     "optimizer.lr=-1.0": ("optimizer.lr", "greater than 0"),
     "run.seed=1.5": ("run.seed", "1.5", "integer"),
+    "chat_template=r1.jinja": ("chat_template = 'r1.jinja'", "no such file", "configs/templates"),
     "model.dtype=float16": ("model.dtype", "float16", "bfloat16"),
     "model.path=/nowhere/at/all": ("model.path", "/nowhere/at/all", "no such folder"),
     'model.init="weights"': ("model.path", "safetensors", "model.init"),

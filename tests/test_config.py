@@ -43,6 +43,13 @@ def test_patterns_of_sources_survive_the_round_trip_in_their_order(tmp_path):
     assert again.rewards.by_source["a/b [c].d"] == {"my.reward": 2.0}
 
 
+def test_a_table_that_was_emptied_stays_empty(tmp_path):
+    first = config.load("reject", written(tmp_path, MINIMAL + "[required]\n[quota]\nper_problem = 2\n"))
+    again = config.load("reject", written(tmp_path, config.dump(first), "b.toml"))
+    assert again == first
+    assert (again.required, again.quota.per_source, again.quota.per_problem) == ({}, None, 2)
+
+
 def test_a_base_file_is_overlaid_key_by_key(tmp_path):
     written(tmp_path, MINIMAL + "[optimizer]\nlr = 1e-3\nclip_grad = 0.5\n", "base.toml")
     c = config.load("grpo", written(tmp_path, 'base = "base.toml"\n[optimizer]\nlr = 2e-3\n'))

@@ -37,6 +37,14 @@ def test_rows_may_have_a_source_each_and_answers_that_are_objects(tmp_path: Path
         data.load_problems(jsonl=path, source_key="source")
 
 
+def test_problems_stream_and_a_later_line_is_not_read_before_it_is_needed(tmp_path: Path):
+    path = write(tmp_path / "p.jsonl", {"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d"}, "broken")
+    stream = data.stream_problems(jsonl=path)
+    assert [next(stream).prompt, next(stream).prompt] == ["a", "c"]
+    with pytest.raises(ValueError, match=r"p\.jsonl:3"):
+        next(stream)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -99,9 +99,10 @@ class ChatServers:
             "seed": seed,
         }
         pause, until = FIRST_PAUSE_SECONDS, time.monotonic() + self.retry_seconds
+        failed = dict.fromkeys(self.busy, 0)  # of this request, so that it goes elsewhere next
         async with self.slots:
             while True:
-                url = min(self.busy, key=self.busy.__getitem__)
+                url = min(self.busy, key=lambda url: (failed[url], self.busy[url]))
                 self.busy[url] += 1
                 try:
                     return reply(await self.servers.call(url, CHAT, body), url)
@@ -109,9 +110,10 @@ class ChatServers:
                     is_final = isinstance(error, Refused) and error.status < 500 and error.status not in OVERLOADED
                     if is_final or time.monotonic() > until:
                         raise
-                    await asyncio.sleep(pause)  # still counted as busy, so that others go elsewhere
+                    failed[url] += 1
                 finally:
                     self.busy[url] -= 1
+                await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def close(self) -> None:

@@ -221,11 +221,14 @@ def conclude(folder: Path, output: ResumableJsonl, total: int) -> None:
 
 
 def table(counts: dict[str, Counter[str]]) -> Table:
-    """Kept and dropped, by source and reason; reasons that never applied are left out."""
+    """Kept and dropped, by reason and source; reasons that never applied are left out."""
     everything = sum(counts.values(), Counter())
-    shown = ["problems", "solved", "skipped", "samples", "kept", *REASONS, "judge_unread"]
-    shown = [name for name in shown if everything[name] or name in ("problems", "samples", "kept")]
-    made = Table("source", *(name.replace("_", " ") for name in shown), "tokens a kept one", title="rejection sampling")
-    for source, one in [*counts.items(), ("all", everything)]:
-        made.add_row(source, *(f"{one[name]:,}" for name in shown), f"{one['kept_tokens'] / max(1, one['kept']):,.1f}")
+    sources = [*counts.items(), ("all", everything)]
+    made = Table("", title="rejection sampling")
+    for source, _ in sources:
+        made.add_column(source, justify="right", overflow="fold")
+    for name in ("problems", "solved", "skipped", "samples", "kept", *REASONS, "judge_unread"):
+        if everything[name] or name in ("problems", "samples", "kept"):
+            made.add_row(name.replace("_", " "), *(f"{one[name]:,}" for _, one in sources))
+    made.add_row("tokens a kept one", *(f"{one['kept_tokens'] / max(1, one['kept']):,.1f}" for _, one in sources))
     return made
