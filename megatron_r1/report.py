@@ -33,7 +33,7 @@ def write(folders: list[Path]) -> Path:
         raise ValueError(f"{folders[0]}: no metrics yet; wait for the run's first step")
     title = " and ".join(run.name for run in chosen) if overlay else folders[0].resolve().name
     target, part = folders[0] / FILE, folders[0] / f"{FILE}.part"
-    part.write_text(page(title, chosen, overlay=overlay), encoding="utf-8")
+    part.write_text(page(title, chosen, overlay=overlay), encoding="utf-8", errors="replace")  # half a character of a cut completion
     part.replace(target)
     return target
 

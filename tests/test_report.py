@@ -156,6 +156,13 @@ def test_what_a_model_writes_is_text(tmp_path, field):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
 
 
+def test_half_a_character_does_not_stop_the_page(tmp_path):
+    folder = run(tmp_path / "zero", [step(1)])
+    (folder / "completions.jsonl").write_text(json.dumps({**SAMPLE, "finish_reason": "length", "completion": "an \ud83d"}) + "\n")
+    _, text = written(folder)
+    assert "<pre>an ?</pre>" in text
+
+
 def test_so_are_names_of_rewards_failures_and_folders(tmp_path):
     records = [{**step(n), f"reward/{ATTACK}": 0.5} for n in range(1, 3)]
     folder = run(tmp_path / "<b>run", records)
