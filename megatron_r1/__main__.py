@@ -4,7 +4,8 @@
     python -m megatron_r1 {sft,grpo,reject,eval,reward-model} CONFIG.toml [section.key=value ...]
     python -m megatron_r1 convert {hf-to-megatron,megatron-to-hf,fp8-cast,compare,verify} ...
     python -m megatron_r1 plan {sft,grpo,...} CONFIG.toml ...             check a config; print what it comes to
-    python -m megatron_r1 serve CONFIG.toml rollout.host=NODE ...         a cluster node's vLLM servers
+    python -m megatron_r1 serve {grpo,...} CONFIG.toml rollout.host=NODE  a cluster node's vLLM servers
+    python -m megatron_r1 allreduce NODE_GBPS PAIR_GBPS NODE ...          measure a cluster's links (slurm/env.sh runs it)
     python -m megatron_r1 status RUN                                      where a run stands, and what it cost
     python -m megatron_r1 report RUN [RUN2 ...]                           its figures as one HTML page
     python -m megatron_r1 doctor                                          what is installed, and what is missing
@@ -33,6 +34,7 @@ TOOLS = {  # command -> module and its function of the arguments, which returns 
     "serve": ("cluster", "serve"),
     "status": ("status", "status"),
     "report": ("report", "report"),
+    "allreduce": ("allreduce", "allreduce"),
     "doctor": ("doctor", "doctor"),
 }
 

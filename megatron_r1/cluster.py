@@ -1,7 +1,7 @@
 """What slurm/*.sh ask of the program beside the ranks: a checked plan before anything starts, and a node's vLLM servers.
 
     python -m megatron_r1 plan  {grpo,sft} CONFIG.toml [section.key=value ...]    check; print the effective config
-    python -m megatron_r1 serve CONFIG.toml rollout.host=NODE rollout.port=8000   run this node's servers of a GRPO run
+    python -m megatron_r1 serve {grpo,...} CONFIG.toml rollout.host=NODE rollout.port=8000   run this node's servers of the stage
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ from megatron_r1.launch import POLL_SECONDS, Servers
 
 def plan(arguments: list[str]) -> int:
     """Print the effective config as TOML, headed by what it comes to; raises ValueError with one line where it cannot work."""
-    if len(arguments) < 2 or arguments[0] not in STAGES:
-        raise ValueError(f"plan: give a stage ({', '.join(STAGES)}) and a config file, as in: plan grpo configs/tiny_grpo.toml")
-    stage, file, *overrides = arguments
-    config = configuration.load(stage, file, overrides)
+    config = load("plan", arguments)
     check(config)
     print("\n".join(f"# {line}" for line in layout(config)), configuration.dump(config), sep="\n", end="")
     return 0
+
+
+def load(command: str, arguments: list[str]) -> StageConfig:
+    """The config that follows a stage's name; ValueError for a stage that does not exist."""
+    if len(arguments) < 2 or arguments[0] not in STAGES:
+        raise ValueError(f"{command}: give a stage ({', '.join(STAGES)}) and a config file, as in: {command} grpo configs/tiny_grpo.toml")
+    stage, file, *overrides = arguments
+    return configuration.load(stage, file, overrides)
 
 
 def layout(config: StageConfig) -> list[str]:
@@ -48,9 +53,7 @@ def layout(config: StageConfig) -> list[str]:
 
 def serve(arguments: list[str]) -> int:
     """Run a node's vLLM servers until SIGTERM, restarting those that die; exits with 2 when one dies too often."""
-    if not arguments:
-        raise ValueError("serve: give the config of the GRPO run, as in: serve configs/tiny_grpo.toml rollout.host=node7 rollout.port=8000")
-    config = configuration.load("grpo", arguments[0], arguments[1:])
+    config = load("serve", arguments)
     logs = Path(config.run.dir) / "logs" / config.rollout.host
     asked = False
 

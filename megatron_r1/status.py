@@ -36,6 +36,8 @@ def rows(run: Run) -> list[tuple[str, str]]:
     ranks = run.config.get("parallel", {}).get("world_size", 0)
     found = [("stage", f"{run.stage}, {ranks} trainer ranks"), ("state", state(run.folder))]
     found += [*jobs(run.folder.resolve().name), ("checkpoint", latest.read_text().strip() if latest.is_file() else "none yet")]
+    if used := past_jobs(run.folder / "logs"):
+        found.append(("jobs so far", f"{len(used)}, {sum(used):,.2f} GPU-hours"))
     if run.records:
         found += progress(run.records, steps=run.config.get("steps", 0))
     if error := last_error(run.folder / "logs"):
@@ -76,6 +78,17 @@ def jobs(name: str) -> list[tuple[str, str]]:
         return []
     asked = subprocess.run(["squeue", "-h", "-n", name, "-o", "%i %T %M %R"], capture_output=True, text=True, check=False)
     return [("job", line) for line in asked.stdout.splitlines()]
+
+
+def past_jobs(logs: Path) -> list[float]:
+    """GPU-hours of each Slurm job of the run, from its start to the last line that it wrote: its nodes with all their GPUs."""
+    hours = []
+    for recorded in logs.glob("*/env.txt"):
+        variables = dict(line.split("=", 1) for line in recorded.read_text(errors="replace").splitlines() if "=" in line)
+        gpus = int(variables.get("SLURM_JOB_NUM_NODES", 0)) * int(variables.get("SLURM_GPUS_ON_NODE", 0))
+        end = max(f.stat().st_mtime for f in recorded.parent.iterdir())
+        hours.append(gpus * (end - recorded.stat().st_mtime) / 3600)
+    return hours
 
 
 def progress(records: list[dict[str, float]], *, steps: int) -> list[tuple[str, str]]:

@@ -8,4 +8,5 @@
 #   sbatch slurm/convert.sh hf-to-megatron SOURCE TARGET [--workers N] [--resume]
 . "${SLURM_SUBMIT_DIR:-$PWD}/slurm/env.sh"
 if [ -z "${DRY_RUN:-}" ]; then mkdir -p "$LOG"; fi
-step convert "${HOSTS[0]}" 1 "$PYTHON" -m megatron_r1 convert "$@"
+(step convert "${HOSTS[0]}" 1 "$PYTHON" -m megatron_r1 convert "$@")
+submit_next

@@ -10,7 +10,8 @@ if [ -n "${DRY_RUN:-}" ]; then # a stand-in for the job: DRY_RUN=1 NODES=9 bash 
   : "${SLURM_SUBMIT_DIR:=$PWD}" "${SLURM_JOB_ID:=0}" "${SLURM_JOB_NAME:=dry}" "${SLURM_JOB_NUM_NODES:=${NODES:-6}}"
 fi
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch, or set DRY_RUN=1 to see what it would start}"
-GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-8}} CPUS=${SLURM_CPUS_ON_NODE:-64}
+GPUS=${GPUS:-${SLURM_GPUS_PER_NODE:-8}} CPUS=${SLURM_CPUS_ON_NODE:-64} # a job that has nodes to itself is told of all their GPUs
+GPUS=${GPUS##*:} # of h100:8
 export RUN=${RUN:-$PWD/runs/$SLURM_JOB_NAME}
 export LOG=$RUN/logs/$SLURM_JOB_ID
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CPUS / GPUS))}
@@ -26,6 +27,7 @@ if [ -n "${IMAGE:-}" ]; then
 fi
 
 say() { echo "[$(date +%FT%T) $SLURM_JOB_ID] $*"; }
+refuse() { say "error: $*"; exit 2; }
 join() { local IFS=,; echo "$*"; }
 
 # hosts: the job's nodes, into HOSTS
@@ -57,32 +59,50 @@ plan() {
   if [ -n "${DRY_RUN:-}" ]; then return; fi
   mkdir -p "$LOG"
   ln -sfn "$SLURM_JOB_ID" "$RUN/logs/latest"
-  { date; git rev-parse HEAD; git status --short; scontrol show job "$SLURM_JOB_ID"; env | grep -viE 'key|token|secret|passw|credential' | sort; } \
-    >"$LOG/env.txt" 2>&1 || true # outside a repository there is no commit to note
-  "${PLAN[@]}" "$PYTHON" -m megatron_r1 plan "$@" >"$LOG/$1.toml" || { say "the config does not fit this job"; exit 2; }
+  { # outside a repository there is no commit to note
+    date; git rev-parse HEAD; git status --short; scontrol show job "$SLURM_JOB_ID"
+    env | grep -viE 'key|token|secret|passw|credential' | sort
+  } >"$LOG/env.txt" 2>&1 || true
+  "${PLAN[@]}" "$PYTHON" -m megatron_r1 plan "$@" >"$LOG/$1.toml" || refuse "the config does not fit this job"
   cp "$LOG/$1.toml" "$RUN/$1.toml"
   grep '^# ' "$LOG/$1.toml"
 }
 PLAN=()
 if [ -n "${IMAGE:-}" ]; then PLAN=(srun --overlap --nodes=1 --ntasks=1 --gpus-per-node=0 "${CONTAINER[@]}"); fi
 
+# examine STEP TASKS_PER_NODE command...: run it on all HOSTS; those stay there that say "ok NODE", and after it what most say
+examine() {
+  local name=$1 per=$2
+  shift 2
+  (step "$name" "$(join "${HOSTS[@]}")" "$per" --kill-on-bad-exit=0 --no-kill "$@") || true
+  if [ -n "${DRY_RUN:-}" ]; then return; fi
+  mapfile -t HOSTS < <(awk 'FNR == NR {host[$1] = NR; next}
+    /^ok / {node = $2; $1 = $2 = ""; said[node] = $0; if (++count[$0] > count[most]) most = $0}
+    END {for (node in said) if (said[node] == most) print host[node], node}' \
+    <(printf '%s\n' "${HOSTS[@]}") "$LOG/$name"-*.log | sort -n | cut -d' ' -f2)
+}
+
 # preflight NEEDED: leaves in HOSTS the nodes that pass; ends the job when fewer than NEEDED do
 preflight() {
-  if [ -n "${DRY_RUN:-}" ]; then
-    (step preflight "$(join "${HOSTS[@]}")" 1 --kill-on-bad-exit=0 --no-kill timeout 120 bash slurm/preflight.sh "$GPUS" "$PYTHON")
-    return
+  local all=("${HOSTS[@]}") bad floor=${NODE_GBPS:-}
+  examine preflight 1 timeout 120 bash slurm/preflight.sh "$GPUS" "$PYTHON"
+  if [ -z "$floor" ] && { command -v nvidia-smi >/dev/null || [ -n "${DRY_RUN:-}" ]; }; then floor=50; fi
+  if [ "${floor:-0}" != 0 ] && [ "${#HOSTS[@]}" != 0 ]; then
+    examine allreduce "$GPUS" timeout 240 bash slurm/rank.sh "$PYTHON" -m megatron_r1 allreduce "$floor" "${PAIR_GBPS:-5}" "${HOSTS[@]}"
   fi
-  (step preflight "$(join "${HOSTS[@]}")" 1 --kill-on-bad-exit=0 --no-kill timeout 120 bash slurm/preflight.sh "$GPUS" "$PYTHON") || true
-  local bad versions
-  versions=$(sed -n 's/^ok [^ ]* //p' "$LOG"/preflight-*.log | sort | uniq -c | sort -rn | awk 'NR == 1 {$1 = ""; print substr($0, 2)}')
-  bad=$(comm -23 <(printf '%s\n' "${HOSTS[@]}" | sort) <(awk -v v="$versions" '/^ok / {n = $2; sub(/^ok [^ ]* /, ""); if ($0 == v) print n}' "$LOG"/preflight-*.log | sort))
+  if [ -n "${DRY_RUN:-}" ]; then return; fi
+  bad=$(comm -23 <(printf '%s\n' "${all[@]}" | sort) <(printf '%s\n' "${HOSTS[@]}" | sort) | paste -sd,)
   if [ -n "$bad" ]; then
-    cat "$LOG"/preflight-*.log | grep '^bad' || say "no answer, or other versions than $versions"
-    say "bad nodes: $(paste -sd, <<<"$bad")"
-    if [ -n "${NEXT:-}" ]; then scontrol update JobId="$NEXT" ExcNodeList="$(paste -sd, <<<"$bad")"; fi
-    mapfile -t HOSTS < <(printf '%s\n' "${HOSTS[@]}" | grep -vxF "$bad")
+    grep -hs '^bad ' "$LOG"/{preflight,allreduce}-*.log || say "no answer, or other versions than most: see $LOG/preflight-*.log"
+    say "bad nodes: $bad"
+    if [ -n "${NEXT:-}" ]; then scontrol update JobId="$NEXT" ExcNodeList="$bad"; fi
   fi
   if [ "${#HOSTS[@]}" -lt "$1" ]; then say "only ${#HOSTS[@]} of the $1 nodes that are needed are healthy"; exit 1; fi
+}
+
+# submit_next: what THEN says comes after this run
+submit_next() {
+  if [ -n "${THEN:-}" ]; then say "next: $(env -u THEN -u RUN bash -c "$THEN")"; fi
 }
 
 # successor SCRIPT ARG...: queue the job that goes on from the last checkpoint, whatever ends this one: the time limit, a
@@ -90,7 +110,11 @@ preflight() {
 # where RUN/stop asks for it, and where the last MAX_IDLE jobs saved nothing new.
 successor() {
   if [ -n "${DRY_RUN:-}" ]; then return; fi
-  if [ -e "$RUN/done" ]; then say "$RUN is done"; exit 0; fi
+  if [ -e "$RUN/done" ]; then
+    say "$RUN is done"
+    submit_next
+    exit 0
+  fi
   if [ -e "$RUN/stop" ]; then say "$RUN/stop is there: delete it to go on"; exit 0; fi
   local now was=- idle=0
   now=$(cat "$RUN/checkpoints/latest" 2>/dev/null || echo none)
@@ -106,20 +130,23 @@ successor() {
   say "successor $NEXT"
 }
 
-# supervise: wait for the trainer step, of process id $T; hand USR1 on to every rank (the time limit is near: save and end);
-# end the chain when the work is done or was asked to end
+# supervise: wait for the trainer step, of process id $T, and for the rollout step $R, without which it cannot go on; hand USR1 on
+# to every rank (the time limit is near: save and end); end the chain when the work is done or was asked to end
 supervise() {
   if [ -n "${DRY_RUN:-}" ]; then wait; return; fi
   local rc=0
   trap 'say "USR1: save and end"; kill -USR1 "$T"' USR1 # srun hands it on to its tasks
   trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+  while kill -0 "$T" 2>/dev/null; do # a trapped signal ends a wait early
+    wait -n "$T" ${R:+"$R"} || true
+    if [ -n "${R:-}" ] && kill -0 "$T" 2>/dev/null && ! kill -0 "$R" 2>/dev/null; then say "no rollout server is left"; exit 1; fi
+  done
   wait "$T" || rc=$?
-  while kill -0 "$T" 2>/dev/null; do rc=0; wait "$T" || rc=$?; done # a trapped signal ends a wait early
   say "trainer ended with $rc"
   if [ -e "$RUN/done" ] || [ -e "$RUN/stop" ]; then
-    scancel "$NEXT"
+    scancel "$NEXT" || true
     rm -f "$RUN/chain"
-    if [ -e "$RUN/done" ] && [ -n "${THEN:-}" ]; then say "next: $(env -u THEN -u RUN bash -c "$THEN")"; fi
+    if [ -e "$RUN/done" ]; then submit_next; fi
     exit 0
   fi
   exit $((rc ? rc : 75)) # 75: no error, and not done: the successor goes on

@@ -9,21 +9,26 @@
 #   TRAIN_NODES=32 ROLLOUT_NODES=31 sbatch -J r1_zero --nodes=64 slurm/grpo.sh configs/r1_zero.toml [section.key=value ...]
 #
 # SERVERS is for each node; a model that needs more GPUs than a node has is served by SERVER_NODES nodes together.
-# PLACEMENT=colocated: the servers share the trainer's nodes (and ROLLOUT_NODES is not used).
+# PLACEMENT=colocated: the servers share the trainer's nodes (ROLLOUT_NODES is not used). STAGE: another stage that samples.
 . "${SLURM_SUBMIT_DIR:-$PWD}/slurm/env.sh"
-TRAIN_NODES=${TRAIN_NODES:-2} ROLLOUT_NODES=${ROLLOUT_NODES:-2} SERVERS=${SERVERS:-1} SERVER_NODES=${SERVER_NODES:-1} PORT=${PORT:-8000}
-NEEDED=$((TRAIN_NODES + ROLLOUT_NODES))
-if [ "${PLACEMENT:-dedicated}" = colocated ]; then NEEDED=$TRAIN_NODES; fi
-set -- "$@" run.dir="$RUN" parallel.world_size=$((TRAIN_NODES * GPUS)) rollout.servers="$SERVERS" rollout.port="$PORT" rollout.nodes="$SERVER_NODES"
-if [ "${#HOSTS[@]}" -lt "$NEEDED" ]; then say "TRAIN_NODES, ROLLOUT_NODES = $TRAIN_NODES, $ROLLOUT_NODES: more than the job's ${#HOSTS[@]} nodes; raise --nodes"; exit 2; fi
-if [ $((ROLLOUT_NODES % SERVER_NODES)) != 0 ]; then say "ROLLOUT_NODES = $ROLLOUT_NODES: not a multiple of SERVER_NODES = $SERVER_NODES"; exit 2; fi
-if [ "$SERVERS" != 1 ] && [ "$SERVER_NODES" != 1 ]; then say "SERVERS, SERVER_NODES = $SERVERS, $SERVER_NODES: one of them must be 1"; exit 2; fi
-plan grpo "$@"
+STAGE=${STAGE:-grpo} PLACEMENT=${PLACEMENT:-dedicated} PORT=${PORT:-8000}
+TRAIN_NODES=${TRAIN_NODES:-2} ROLLOUT_NODES=${ROLLOUT_NODES:-2} SERVERS=${SERVERS:-1} SERVER_NODES=${SERVER_NODES:-1}
+case $PLACEMENT in
+  dedicated) NEEDED=$((TRAIN_NODES + ROLLOUT_NODES)) ;;
+  colocated) NEEDED=$TRAIN_NODES ROLLOUT_NODES=$TRAIN_NODES ;;
+  *) refuse "PLACEMENT = $PLACEMENT: no such placement; use dedicated or colocated" ;;
+esac
+sizes="TRAIN_NODES, ROLLOUT_NODES = $TRAIN_NODES, $ROLLOUT_NODES"
+if [ "${#HOSTS[@]}" -lt "$NEEDED" ]; then refuse "$sizes: more than the job's ${#HOSTS[@]} nodes; raise --nodes to $NEEDED"; fi
+if [ $((ROLLOUT_NODES % SERVER_NODES)) != 0 ]; then refuse "$sizes: not in groups of SERVER_NODES = $SERVER_NODES"; fi
+if [ "$SERVERS" != 1 ] && [ "$SERVER_NODES" != 1 ]; then refuse "SERVERS, SERVER_NODES = $SERVERS, $SERVER_NODES: set one to 1"; fi
+set -- "$@" run.dir="$RUN" parallel.world_size=$((TRAIN_NODES * GPUS)) \
+  rollout.servers="$SERVERS" rollout.port="$PORT" rollout.nodes="$SERVER_NODES"
+plan "$STAGE" "$@"
 successor slurm/grpo.sh "${@:1:$#-5}"
 preflight "$NEEDED"
 
-TRAIN=("${HOSTS[@]:0:TRAIN_NODES}") ROLLOUT=("${HOSTS[@]:TRAIN_NODES:ROLLOUT_NODES}")
-if [ "${PLACEMENT:-dedicated}" = colocated ]; then ROLLOUT=("${TRAIN[@]}"); fi
+TRAIN=("${HOSTS[@]:0:TRAIN_NODES}") ROLLOUT=("${HOSTS[@]:NEEDED-ROLLOUT_NODES:ROLLOUT_NODES}")
 say "train ${TRAIN[*]} | rollout ${ROLLOUT[*]} | spare ${HOSTS[*]:NEEDED}"
 URLS=$(for ((n = 0; n < ${#ROLLOUT[@]}; n += SERVER_NODES)); do
   for ((i = 0; i < SERVERS; i++)); do echo "\"http://${ROLLOUT[n]}:$((PORT + i))\""; done
@@ -31,6 +36,7 @@ done | paste -sd,)
 
 # a node's servers are restarted there, up to rollout.max_restarts times; a node that is lost takes only its own with it
 export SERVER_NODES ROLLOUT_HOSTS="${ROLLOUT[*]}"
-(step rollout "$(join "${ROLLOUT[@]}")" 1 --no-kill --kill-on-bad-exit=0 bash slurm/server.sh "$PYTHON" -m megatron_r1 serve "$@") &
-(train grpo "$(join "${TRAIN[@]}")" "$@" rollout.urls="[$URLS]") & T=$!
+(step rollout "$(join "${ROLLOUT[@]}")" 1 --no-kill --kill-on-bad-exit=0 \
+  bash slurm/server.sh "$PYTHON" -m megatron_r1 serve "$STAGE" "$@") & R=$!
+(train "$STAGE" "$(join "${TRAIN[@]}")" "$@" rollout.urls="[$URLS]") & T=$!
 supervise

@@ -10,7 +10,7 @@
 . "${SLURM_SUBMIT_DIR:-$PWD}/slurm/env.sh"
 TRAIN_NODES=${TRAIN_NODES:-${#HOSTS[@]}}
 set -- "$@" run.dir="$RUN" parallel.world_size=$((TRAIN_NODES * GPUS))
-if [ "${#HOSTS[@]}" -lt "$TRAIN_NODES" ]; then say "TRAIN_NODES = $TRAIN_NODES: more than the job's ${#HOSTS[@]} nodes; raise --nodes"; exit 2; fi
+if [ "${#HOSTS[@]}" -lt "$TRAIN_NODES" ]; then refuse "TRAIN_NODES = $TRAIN_NODES: the job has ${#HOSTS[@]} nodes; raise --nodes"; fi
 plan sft "$@"
 successor slurm/sft.sh "${@:1:$#-2}"
 preflight "$TRAIN_NODES"

@@ -1,4 +1,4 @@
-"""A real Slurm with virtual nodes, for the tests: started once a module, jobs submitted as a user submits them."""
+"""A real Slurm with virtual nodes, for the tests: started once, jobs submitted as a user submits them."""
 
 from __future__ import annotations
 
@@ -11,41 +11,48 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-NEEDED = ("slurmctld", "slurmd", "munged", "sbatch")
+PACKAGES = "apt-get install slurm-wlm munge shellcheck gcc libslurm-dev"
+STUB = str(HERE / "stub.sh")
 
 
-def require_slurm() -> None:
-    """Skip, saying why, where there can be none."""
-    missing = [name for name in NEEDED if shutil.which(name) is None]
-    if os.geteuid() != 0 or missing:
-        why = f"{', '.join(missing)} missing (apt-get install slurm-wlm munge)" if missing else "not root"
-        pytest.skip(f"SLURM SCRIPTS NOT TESTED: {why}")
+def require(*programs: str, root: bool = True) -> None:
+    """Skip, saying why, where there can be no Slurm; fail where there must be one, as in .ci/run."""
+    missing = [name for name in programs if shutil.which(name) is None]
+    if not missing and (os.geteuid() == 0 or not root):
+        return
+    why = f"SLURM SCRIPTS NOT TESTED: {', '.join(missing)} missing ({PACKAGES})" if missing else "SLURM SCRIPTS NOT TESTED: not root"
+    (pytest.fail if os.environ.get("REQUIRE_SLURM") else pytest.skip)(why)
 
 
-def open_folder() -> Path:
-    """A temporary folder that all may enter, as munged asks of its socket's."""
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    folder.chmod(0o755)
-    return folder
+class Update(NamedTuple):
+    """One line of a run's metrics that an optimizer step wrote."""
+
+    step: int
+    loss: float
+    grad_norm: float
 
 
 class Cluster:
-    """`folder` holds its state; every job runs in ROOT, as from a clone, and writes to a folder of its own."""
+    """Every job runs in ROOT, as from a clone, and writes to a folder of its own below `folder`."""
 
-    def __init__(self, folder: Path, *, nodes: int, gpus: int) -> None:
-        self.folder, self.nodes, self.gpus = folder, nodes, gpus
+    def __init__(self, *, nodes: int, gpus: int) -> None:
+        self.folder, self.size = Path(tempfile.mkdtemp(prefix="slurm-")), (nodes, gpus)
+        self.folder.chmod(0o755)  # munged asks it of its socket's folder
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
-        self.env |= {"SLURM_CONF": str(folder / "slurm.conf"), "SBATCH_GPUS_PER_NODE": str(gpus), "OMP_NUM_THREADS": "1"}
+        self.env |= {"SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1", "NODE_GBPS": "0", "PRIVATE_API_KEY": "secret"}
+        (self.folder / "bin").mkdir()
+        shutil.copy(HERE / "nvidia-smi", self.folder / "bin")
+        self.env["PATH"] = f"{self.folder / 'bin'}:{self.env['PATH']}"
 
     def __enter__(self) -> Cluster:
         try:
-            subprocess.run([HERE / "up.sh", self.folder, str(self.nodes), str(self.gpus)], check=True, timeout=120)
+            subprocess.run([HERE / "up.sh", self.folder, *map(str, self.size)], check=True, timeout=120)
         except BaseException:
             self.__exit__()
             raise
@@ -61,20 +68,7 @@ class Cluster:
         assert not check or found.returncode == 0, f"{argv}: {found.stdout}{found.stderr}"
         return (found.stdout + found.stderr).strip()
 
-    def submit(self, run: Path, script: str, *arguments: str, nodes: int, **env: str) -> str:
-        """sbatch; returns the job's id. `run` is the run's folder and its name the job's."""
-        run.mkdir(parents=True, exist_ok=True)
-        options = ["--parsable", "-J", run.name, f"--nodes={nodes}", f"--output={run}/%j.out"]
-        return self.run("sbatch", *options, script, *arguments, RUN=str(run), SBATCH_OUTPUT=f"{run}/%j.out", **env)
-
-    def jobs(self, name: str) -> list[str]:
-        """Ids of the jobs of this name that are not over."""
-        return self.run("squeue", "-h", "-n", name, "-o", "%i").split()
-
-    def state(self, job: str) -> str:
-        return re.search(r"JobState=(\w+)", self.run("scontrol", "show", "job", job))[1]
-
-    def wait(self, condition: Callable[[], Any], what: str, *, seconds: float = 240.0) -> Any:
+    def wait(self, condition: Callable[[], Any], what: str, *, seconds: float = 180.0) -> Any:
         """The first true value of `condition`."""
         limit = time.monotonic() + seconds
         while not (value := condition()):
@@ -82,23 +76,77 @@ class Cluster:
             time.sleep(0.2)
         return value
 
-    def wait_end(self, name: str, *, seconds: float = 240.0) -> None:
-        """Until the chain of this name is over."""
-        self.wait(lambda: not self.jobs(name), f"the end of {name}", seconds=seconds)
+    def lose_node(self, name: str) -> None:
+        """Slurm takes a node for dead: it kills what runs there and tells the jobs. The node's daemon answers, so it is soon back."""
+        self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=test")
 
     def logs(self) -> str:
         """The ends of all jobs' logs."""
-        files = sorted(self.folder.rglob("*.out")) + sorted(self.folder.rglob("*.log"))
+        files = [f for pattern in ("*.out", "*.log") for f in sorted((self.folder / "runs").rglob(pattern))]
         return "\n".join(f"== {f}\n{f.read_text(errors='replace')[-1500:]}" for f in files if f.stat().st_size)
 
 
-def output(run: Path) -> str:
-    """What all jobs of a run said, in their order."""
-    return "".join(f.read_text() for f in sorted(run.glob("*.out"), key=lambda f: int(f.stem)))
+class Run:
+    """A run's folder and the jobs of its name."""
 
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self.cluster, self.name, self.folder = cluster, name, cluster.folder / "runs" / name
+        self.folder.mkdir(parents=True)
 
-def losses(run: Path) -> dict[int, tuple[float, float]]:
-    """Of each optimizer step: the loss and the gradient norm; of a step done twice, the last."""
-    file = run / "metrics.jsonl"
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return {r["step"]: (r["policy/loss"], r["policy/grad_norm"]) for r in records if "policy/loss" in r}
+    def submit(self, script: str, *arguments: str, nodes: int, gpus: int = 1, **env: str) -> str:
+        """sbatch; the job's id."""
+        outputs = {"RUN": str(self.folder), "SBATCH_OUTPUT": f"{self.folder}/%j.out", "SBATCH_GPUS_PER_NODE": str(gpus)}
+        return self.cluster.run("sbatch", "--parsable", "-J", self.name, f"--nodes={nodes}", script, *arguments, **(outputs | env))
+
+    def jobs(self, *, state: str = "PD,CF,R,CG") -> list[str]:
+        """Ids of the jobs that are not over."""
+        return self.cluster.run("squeue", "-h", "-n", self.name, "-t", state, "-o", "%i").split()
+
+    def wait_end(self) -> None:
+        """Until the chain is over."""
+        self.cluster.wait(lambda: not self.jobs(), f"the end of {self.name}")
+
+    def wait_text(self, text: str) -> None:
+        self.cluster.wait(lambda: text in self.output(), f"{text!r} of {self.name}")
+
+    def successor_of(self, job: str) -> str | None:
+        """The job that runs after this one; None when the chain is over instead."""
+
+        def found() -> list[str]:
+            running = [j for j in self.jobs(state="running") if int(j) > int(job)]
+            return running or ([] if self.jobs() else ["none"])
+
+        [after] = self.cluster.wait(found, f"what comes after job {job} of {self.name}")
+        return None if after == "none" else after
+
+    def end_of(self, job: str) -> str:
+        """How a job ended, as `FAILED 75`: its state and the batch script's code."""
+        text = self.cluster.run("scontrol", "show", "job", job)
+        return " ".join(re.search(rf"{field}=(\w+)", text)[1] for field in ("JobState", "ExitCode"))
+
+    def output(self, job: str | None = None) -> str:
+        """What one job said, or all of them in their order."""
+        files = [self.folder / f"{job}.out"] if job else sorted(self.folder.glob("*.out"), key=lambda f: int(f.stem))
+        return "".join(f.read_text() for f in files if f.is_file())
+
+    def nodes(self, job: str) -> dict[str, list[str]]:
+        """What a job's nodes are for: train, rollout, spare."""
+        line = self.cluster.wait(lambda: re.search(r"train (.*) \| rollout (.*) \| spare(.*)", self.output(job)), f"the start of job {job}")
+        return dict(zip(("train", "rollout", "spare"), map(str.split, line.groups()), strict=True))
+
+    def saved(self) -> int:
+        """Step of the last checkpoint, or 0."""
+        latest = self.folder / "checkpoints/latest"
+        return int(latest.read_text().strip().removeprefix("step-")) if latest.is_file() else 0
+
+    def wait_save(self) -> int:
+        """Until there is another checkpoint; its step."""
+        before = self.saved()
+        self.cluster.wait(lambda: self.saved() > before, f"a checkpoint of {self.name} after step {before}")
+        return self.saved()
+
+    def updates(self) -> list[Update]:
+        """All optimizer steps in the order in which they were done, those done twice among them."""
+        file = self.folder / "metrics.jsonl"
+        records = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []
+        return [Update(r["step"], r["policy/loss"], r["policy/grad_norm"]) for r in records if "policy/loss" in r]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A real Slurm on this one machine: NODES virtual nodes with GPUS fake GPUs each. Needs root, and apt-get install slurm-wlm munge.
+# A real Slurm on this one machine: NODES virtual nodes with GPUS fake GPUs each. Needs root, and apt-get install
+# slurm-wlm munge gcc libslurm-dev.
 # usage: up.sh DIR NODES GPUS; then SLURM_CONF=DIR/slurm.conf; down.sh DIR ends it
 set -euo pipefail
 D=$1 N=$2 G=$3 H=$(hostname -s)
@@ -32,7 +33,8 @@ NodeName=n[1-$N] Port=[17001-$((17000 + N))] CPUs=32 Sockets=2 CoresPerSocket=16
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE
 EOC
 echo "Name=gpu Type=h100 File=$D/dev/gpu[0-$((G - 1))]" >"$D/gres.conf"
-: >"$D/plugstack.conf"
+gcc -shared -fPIC -o "$D/pyxis_stub.so" "$(dirname "$0")/pyxis_stub.c"
+echo "required $D/pyxis_stub.so" >"$D/plugstack.conf"
 head -c 128 /dev/urandom >"$D/munge.key"
 chmod 400 "$D/munge.key"
 export SLURM_CONF=$D/slurm.conf
