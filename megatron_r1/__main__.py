@@ -1,7 +1,9 @@
 """The command line.
 
     python -m megatron_r1 demo                                            R1 in miniature, on this machine
+    python -m megatron_r1 r1-tiny                                         all of R1's stages in miniature
     python -m megatron_r1 {sft,grpo,reject,eval,reward-model} CONFIG.toml [section.key=value ...]
+    python -m megatron_r1 pipeline PIPELINE.toml [key=value ...]          R1's stages one after the other; --list prints them
     python -m megatron_r1 convert {hf-to-megatron,megatron-to-hf,fp8-cast,compare,verify} ...
     python -m megatron_r1 plan {sft,grpo,...} CONFIG.toml ...             check a config; print what it comes to
     python -m megatron_r1 serve {grpo,...} CONFIG.toml rollout.host=NODE  a cluster node's vLLM servers
@@ -29,6 +31,7 @@ STAGES = {  # command -> file in stages/
 }
 TOOLS = {  # command -> module and its function of the arguments, which returns the exit code
     "demo": ("demo", "demo"),
+    "r1-tiny": ("r1_tiny", "r1_tiny"),
     "convert": ("convert_cli", "main"),
     "plan": ("cluster", "plan"),
     "serve": ("cluster", "serve"),
@@ -59,8 +62,10 @@ def run(command: str, arguments: list[str]) -> int:
     if command in TOOLS:
         module, function = TOOLS[command]
         return getattr(importlib.import_module(f"megatron_r1.{module}"), function)(arguments)
+    if command == "pipeline":
+        return run_pipeline(arguments)
     if command not in STAGES:
-        raise ValueError(f"command {command!r}: no such command; use one of {', '.join([*TOOLS, *STAGES])}")
+        raise ValueError(f"command {command!r}: no such command; use one of {', '.join([*TOOLS, 'pipeline', *STAGES])}")
     if not arguments:
         example = f"configs/tiny_{command.replace('-', '_')}.toml"
         raise ValueError(f"{command}: give a config file, as in: python -m megatron_r1 {command} {example}")
@@ -76,6 +81,21 @@ def run(command: str, arguments: list[str]) -> int:
 
     check(config)
     return launch(command, config)
+
+
+def run_pipeline(arguments: list[str]) -> int:
+    """R1's stages, each as if it had been typed."""
+    from megatron_r1.config import load
+    from megatron_r1.stages import pipeline
+
+    listed, rest = "--list" in arguments, [a for a in arguments if a != "--list"]
+    if not rest:
+        raise ValueError("pipeline: give a config file, as in: python -m megatron_r1 pipeline configs/tiny/pipeline.toml")
+    config = load("pipeline", rest[0], rest[1:])
+    if listed:
+        print(pipeline.listing(config))
+        return 0
+    return pipeline.main(config, lambda job: run(job.command, [job.config, *job.overrides]))
 
 
 def check_ranks(world_size: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_r1.config_stages import STAGES, StageConfig
+from megatron_r1.config_stages import CONFIGS, StageConfig
 
 Tree = dict[str, Any]
 
@@ -36,7 +36,7 @@ def load(stage: str, path: str | Path, overrides: list[str] | tuple[str, ...] = 
 
 def parse(stage: str, tree: Tree, *, where: str = "config") -> StageConfig:
     """The same from a tree already read."""
-    kind = STAGES[stage]
+    kind = CONFIGS[stage]
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

@@ -173,9 +173,10 @@ class PipelineConfig(Section):
     seed: NonNegative = 1  # of every stage
     base: str  # the base model's Hugging Face folder
     student: str = ""  # the model that the distillation trains
+    cold_start: str = ""  # the conversations of the first SFT; "" = its config names them
     stages: dict[str, str]  # name of the graph -> its config; those that are not here are left out
     evaluation: str = ""  # a config of `eval`, run on the base model and on what each stage makes; "" = no evaluation
-    job: dict[str, str] = {}  # name -> settings of its Slurm job, as "NODES=66 TRAIN_NODES=64" (slurm/pipeline.sh)
+    job: dict[str, str] = {}  # stage or command -> settings of its Slurm job, as "NODES=66 TRAIN_NODES=64" (slurm/pipeline.sh)
     first: str = ""  # begin with this stage; "" = the first
     last: str = ""  # end with this one; "" = the last
 
@@ -187,3 +188,4 @@ STAGES: dict[str, type[StageConfig]] = {
     "reject": RejectionConfig,
     "reward-model": RewardModelConfig,
 }
+CONFIGS: dict[str, type[Section]] = {**STAGES, "pipeline": PipelineConfig}

@@ -82,6 +82,11 @@ class Data(Section):
     general_from_step: NonNegative = 0  # the first optimizer step on them (R1: in the last 400 of 1,700 only)
     general_share: Share = 0.45  # of a batch from then on; unpublished, this is their part of Table 4's prompts (66K of 146K)
 
+    def problems(self) -> dict[str, Any]:
+        """What of it `data.load_problems` takes."""
+        other = {"held_out", "conversations", "preferences", "general_jsonl", "general_from_step", "general_share"}
+        return self.model_dump(exclude=other)
+
 
 class Rollout(Section):
     """The vLLM servers. With `urls` empty the launcher starts `servers` of them on this machine."""

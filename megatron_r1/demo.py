@@ -32,7 +32,7 @@ def demo(overrides: list[str]) -> int:
     print(f"R1 in miniature, seed {sft.run.seed}, in {root}", flush=True)
     started = time.time()
     with Servers(sft, Path(root, "logs")) as servers:  # they start while the first stage builds its model
-        write_cold_start(sft)
+        write_examples(sft, terse=TERSE)
         for stage in STAGES:
             settings = sft if stage == "sft" else load(stage, root, rest)
             check(settings)
@@ -61,14 +61,12 @@ def load(stage: str, root: str, overrides: list[str]) -> StageConfig:
     return configuration.load(stage, CONFIGS / f"tiny_{stage}.toml", [own, f"run.dir={root}/{stage}", *overrides])
 
 
-def write_cold_start(sft: StageConfig) -> None:
-    """Worked examples of the training problems; the held-out ones stay unseen."""
-    fields = sft.data.model_dump(exclude={"held_out", "conversations"})
-    problems = data.load_problems(**fields, seed=sft.run.seed)
+def write_examples(sft: StageConfig, *, terse: float, size: int | None = None) -> None:
+    """Worked examples of the training problems, for data.conversations; the held-out ones stay unseen."""
+    problems = data.load_problems(**sft.data.problems(), seed=sft.run.seed)
     train, _ = data.split_held_out(problems, sft.data.held_out, seed=sft.run.seed)
-    with open(sft.data.conversations, "w") as file:
-        for conversation in conversations(train, terse=TERSE, seed=sft.run.seed):
-            file.write(json.dumps({"messages": conversation.messages}) + "\n")
+    lines = [json.dumps({"messages": c.messages}) for c in conversations(train[:size], terse=terse, seed=sft.run.seed)]
+    Path(sft.data.conversations).write_text("\n".join(lines) + "\n")
 
 
 def records(root: str, stage: str) -> list[dict[str, Any]]:

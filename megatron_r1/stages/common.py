@@ -97,8 +97,7 @@ def training(config: StageConfig, *, steps: int, train_mtp: bool) -> Training:
 def load_problems(config: StageConfig) -> tuple[Mixture, list[Problem]]:
     """The problems to train on, with their cursor, and those held out."""
     d, seed = config.data, config.run.seed
-    fields = d.model_dump(exclude={"held_out", "conversations", "preferences", "general_jsonl", "general_from_step", "general_share"})
-    problems = data.load_problems(**fields, seed=seed)
+    problems = data.load_problems(**d.problems(), seed=seed)
     train, held_out = data.split_held_out(problems, d.held_out, seed=seed)
     reasoning = data.Dataset(train, seed=seed)
     if d.general_jsonl is None or not isinstance(config, GRPOConfig):

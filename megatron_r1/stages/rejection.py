@@ -72,7 +72,7 @@ def main(config: RejectionConfig) -> None:
 
 def load_problems(config: RejectionConfig) -> tuple[int, Iterator[Problem]]:
     """How many there are, and the problems, one at a time; those that are held out stay out."""
-    fields = config.data.model_dump(exclude={"held_out", "conversations"})
+    fields = config.data.problems()
     total = sum(1 for _ in data.stream_problems(**fields, seed=config.run.seed))
     held_out = data.held_out_places(total, min(config.data.held_out, total), seed=config.run.seed)
     every = data.stream_problems(**fields, seed=config.run.seed)
