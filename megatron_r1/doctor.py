@@ -7,6 +7,8 @@ import importlib.util
 import os
 import platform
 
+from megatron_r1 import sandbox
+
 # distribution names that may carry a package, and what a missing one costs
 PACKAGES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("torch",), "nothing runs: pip install torch"),
@@ -40,6 +42,15 @@ def apex() -> str:
     return "found"
 
 
+def bubblewrap() -> str:
+    """Whether a program can be run in a sandbox, tried by running one."""
+    try:
+        sandbox.check()
+    except ValueError as error:
+        return f"no code and bug fix rewards: {error}"
+    return "makes sandboxes"
+
+
 def doctor(arguments: list[str]) -> int:
     """Print the table, or with `--versions` one line of them to compare nodes by; returns 0 when a run can start, else 1."""
     if arguments == ["--versions"]:
@@ -56,6 +67,7 @@ def doctor(arguments: list[str]) -> int:
         required_missing |= found is None and not cost.startswith("GPU only")
         print(f"{names[0]:<20} {found or 'missing: ' + cost}")
     print(f"{'apex':<20} {apex()}")
+    print(f"{'bubblewrap':<20} {bubblewrap()}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     print(f"{'devices':<20} {', '.join(gpus) if gpus else 'no GPU: Megatron-Core on gloo and vLLM on the CPU'}")
     if gpus and version(("transformer-engine", "transformer-engine-cu13")) is None:

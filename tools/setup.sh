@@ -13,6 +13,7 @@ as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 apt_packages=()
 "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || apt_packages+=(python3.11-venv)
 ldconfig -p 2>/dev/null | grep -q 'libnuma\.so\.1' || apt_packages+=(libnuma1) # vLLM's CPU kernels link it
+command -v bwrap >/dev/null || apt_packages+=(bubblewrap) # the sandbox of rewards that run programs
 if [ ${#apt_packages[@]} -gt 0 ]; then
   command -v apt-get >/dev/null || { say "missing: ${apt_packages[*]} (Debian's names); install them and run again" >&2; exit 2; }
   say "apt-get install ${apt_packages[*]}"
