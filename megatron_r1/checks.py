@@ -95,11 +95,10 @@ def check_data(config: StageConfig) -> None:
         raise ValueError(f"evaluation.problems = {config.evaluation.problems}: more than data.held_out = {d.held_out}; raise data.held_out")
     if isinstance(config, SFTConfig) and d.conversations is None:
         raise ValueError('data.conversations: required for SFT; a JSONL file of {"messages": [...]} lines')
-    if isinstance(config, RewardModelConfig) and d.preferences is None:
-        raise ValueError("data.preferences: required for a reward model; a JSONL file of judged answers")
-    for name in ("preferences", "general_jsonl"):
-        if getattr(d, name) is not None and not Path(getattr(d, name)).is_file():
-            raise ValueError(f"data.{name} = {getattr(d, name)!r}: no such file")
+    if isinstance(config, RewardModelConfig) and not Path(config.preferences).is_file():
+        raise ValueError(f"preferences = {config.preferences!r}: no such file")
+    if isinstance(config, GRPOConfig) and config.general.jsonl is not None and not Path(config.general.jsonl).is_file():
+        raise ValueError(f"general.jsonl = {config.general.jsonl!r}: no such file")
 
 
 def check_rollout(config: StageConfig, hf: dict[str, Any]) -> None:

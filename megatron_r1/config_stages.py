@@ -14,6 +14,7 @@ from megatron_r1.config_types import (
     Data,
     Evaluation,
     Filters,
+    General,
     Judge,
     Layout,
     Logging,
@@ -66,6 +67,7 @@ class SFTConfig(StageConfig):
 class GRPOConfig(StageConfig):
     steps: Count = 10_400  # optimizer steps; R1-Zero's
     batch: Batch = Batch()
+    general: General = General()
     algorithm: Algorithm = Algorithm()
     reference_refresh_steps: NonNegative = 400  # reference <- policy every so many optimizer steps; 0 = never
 
@@ -141,6 +143,7 @@ class RewardModelConfig(StageConfig):
     """Defaults are those of both of R1's reward models (Nature 645, 633; Methods)."""
 
     kind: Literal["pairwise", "pointwise"]  # pairwise: helpful, the final summary; pointwise: safety, the whole response
+    preferences: str  # a file of {"prompt", "chosen", "rejected"} lines, or of {"prompt", "response", "label"} lines
     optimizer: RewardModelOptimizer = RewardModelOptimizer()
     epochs: Count = 1
     batch_size: Count = 256  # pairs or responses an optimizer step

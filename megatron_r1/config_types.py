@@ -77,15 +77,18 @@ class Data(Section):
     size: Count | None = None  # procedural problems to make, or a cap on the others
     held_out: NonNegative = 0  # problems set aside for evaluation, by seed
     conversations: str | None = None  # SFT: a file of {"messages": [...]} lines, or "worked_examples"
-    preferences: str | None = None  # reward models: a file of {"prompt", "chosen", "rejected"} or {"prompt", "response", "label"} lines
-    general_jsonl: str | None = None  # GRPO: prompts for reward models, a file of {"prompt", "source"} lines
-    general_from_step: NonNegative = 0  # the first optimizer step on them (R1: in the last 400 of 1,700 only)
-    general_share: Share = 0.45  # of a batch from then on; unpublished, this is their part of Table 4's prompts (66K of 146K)
+
+
+class General(Section):
+    """Prompts without an answer, for reward models, beside those of `data` in R1's second RL stage."""
+
+    jsonl: str | None = None  # a file of {"prompt", "source"} lines; the source decides the rewards
+    from_step: NonNegative = 0  # the first optimizer step on them (R1: in the last 400 of 1,700 alone)
+    share: Share = 0.45  # of a batch from then on; unpublished, this is their part of the prompts of Table 4 (66K of 146K)
 
     def problems(self) -> dict[str, Any]:
         """What of it `data.load_problems` takes."""
-        other = {"held_out", "conversations", "preferences", "general_jsonl", "general_from_step", "general_share"}
-        return self.model_dump(exclude=other)
+        return self.model_dump(exclude={"held_out", "conversations"})
 
 
 class Rollout(Section):

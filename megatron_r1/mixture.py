@@ -36,7 +36,7 @@ class Mixture:
         """Raises ValueError for a batch's share of none, or of more than there are."""
         if general is not None and not 0 < general_count <= len(general):
             raise ValueError(
-                f"data.general_share: makes {general_count} general prompts a batch of {len(general)} in data.general_jsonl; "
+                f"general.share: makes {general_count} general prompts a batch of {len(general)} in general.jsonl; "
                 "choose a share that gives one or more, and no more than there are"
             )
         self.reasoning, self.general = reasoning, general
@@ -58,5 +58,5 @@ class Mixture:
         if self.general is not None and "general" in state:
             self.general.load_state_dict(state["general"])
         elif "general" in state:
-            raise ValueError("the checkpoint's data cursor has general prompts, this run none; set data.general_jsonl, or a new run.dir")
+            raise ValueError("the checkpoint's data cursor has general prompts, this run none; set general.jsonl, or a new run.dir")
         self.reasoning.load_state_dict(state)

@@ -41,7 +41,7 @@ def load_preferences(path: str, kind: Kind) -> list[Judged]:
         answers = [_answer(row, name, where=where, kind=kind) for name in ANSWERS[kind]]
         judged.append(Judged(tuple(Conversation((*prompt, {"role": "assistant", "content": text})) for text in answers), label))
     if not judged:
-        raise ValueError(f"data.preferences = {path!r}: holds no examples")
+        raise ValueError(f"preferences = {path!r}: holds no examples")
     return judged
 
 

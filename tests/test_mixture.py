@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
+from megatron_r1 import config
 from megatron_r1.data import Dataset
 from megatron_r1.mixture import Mixture, load_general
 from megatron_r1.problem import Problem
@@ -54,13 +56,13 @@ def test_a_checkpoint_without_general_prompts_can_go_on_with_them_and_not_the_ot
     mixed = mixture()
     mixed.load_state_dict(alone.state_dict())
     assert mixed.take(8, step=16) == alone.take(8, step=16)
-    with pytest.raises(ValueError, match=r"set data\.general_jsonl"):
+    with pytest.raises(ValueError, match=r"set general\.jsonl"):
         alone.load_state_dict(mixed.state_dict())
 
 
 @pytest.mark.parametrize("count", [0, 7])
 def test_a_share_that_cannot_be_had_is_an_error_at_once(count: int):
-    with pytest.raises(ValueError, match=rf"data\.general_share: makes {count} general prompts a batch of 6"):
+    with pytest.raises(ValueError, match=rf"general\.share: makes {count} general prompts a batch of 6"):
         mixture(general_count=count)
 
 
@@ -71,6 +73,24 @@ def test_general_prompts_carry_their_source_and_numbers_of_their_own(tmp_path: P
     file.write_text('{"prompt": "hello?"}\n')
     with pytest.raises(ValueError, match=r"g\.jsonl:1: 'source' is None"):
         load_general(str(file), first_id=0)
+
+
+def stage_2_batches(folder: str) -> list[list[tuple[int, str]]]:
+    from megatron_r1.stages import common
+
+    tree = {"model": {"path": "m"}, "data": {"jsonl": f"{folder}/p.jsonl", "held_out": 2}, "steps": 32, "reference_refresh_steps": 0}
+    general = {"jsonl": f"{folder}/g.jsonl", "from_step": 16, "share": 0.5}
+    mixed, _ = common.load_problems(config.parse("grpo", {**tree, "batch": {"problems": 4}, "general": general}))
+    return [[(problem.id, problem.source) for problem in mixed.take(4, step=step)] for step in (0, 16)]
+
+
+def test_a_grpo_run_takes_its_general_share_from_the_config(tmp_path: Path):
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{i}", "answer": "{i}"}}\n' for i in range(12)))
+    (tmp_path / "g.jsonl").write_text('{"prompt": "hello?", "source": "helpful"}\n{"prompt": "a bomb?", "source": "safety"}\n')
+    before, after = run_ranks(1, stage_2_batches, str(tmp_path))[0]
+    assert all(number < 12 for number, _ in before)
+    assert sorted(after)[-2:] == [(12, "helpful"), (13, "safety")]
+    assert all(number < 12 for number, _ in sorted(after)[:2])
 
 
 def test_general_prompts_begin_with_the_first_rollout_of_the_last_400_steps():

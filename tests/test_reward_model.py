@@ -156,6 +156,7 @@ def test_a_reward_model_is_its_decoder_with_one_label():
 
 STAGE = """
 kind = "{kind}"
+preferences = "{folder}/preferences.jsonl"
 epochs = {epochs}
 batch_size = 16
 max_length = 96
@@ -168,7 +169,6 @@ init = "random"
 [optimizer]
 lr = 2e-3
 [data]
-preferences = "{folder}/preferences.jsonl"
 held_out = 32
 [evaluation]
 at_start = true
@@ -255,9 +255,8 @@ def test_a_run_asked_to_stop_goes_on_to_the_same_figures(tmp_path: Path):
         (("chat_template=false",), "chat_template = false"),
         (("chunk_tokens=100",), "chunk_tokens = 100: an example has up to 192 tokens"),
         (("evaluation.problems=4",), "set data.held_out"),
-        (("data.preferences=nowhere.jsonl",), "data.preferences = 'nowhere.jsonl': no such file"),
-        (("batch_size=500",), "has 192 examples to train on"),
-        (("max_length=20",), "0 examples to train on"),
+        (("preferences=nowhere.jsonl",), "preferences = 'nowhere.jsonl': no such file"),
+        (("max_length=17",), "224 are too long and 32 held out, which leaves too few to train on"),
     ],
 )
 def test_a_mistake_is_one_line(overrides: tuple[str, ...], words: str, tmp_path: Path):

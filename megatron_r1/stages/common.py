@@ -100,11 +100,10 @@ def load_problems(config: StageConfig) -> tuple[Mixture, list[Problem]]:
     problems = data.load_problems(**d.problems(), seed=seed)
     train, held_out = data.split_held_out(problems, d.held_out, seed=seed)
     reasoning = data.Dataset(train, seed=seed)
-    if d.general_jsonl is None or not isinstance(config, GRPOConfig):
+    if not isinstance(config, GRPOConfig) or (g := config.general).jsonl is None:
         return Mixture(reasoning), held_out
-    general = data.Dataset(load_general(d.general_jsonl, first_id=len(problems)), seed=seed)
-    count = round(d.general_share * config.batch.problems)
-    return Mixture(reasoning, general, general_count=count, from_step=d.general_from_step), held_out
+    general = data.Dataset(load_general(g.jsonl, first_id=len(problems)), seed=seed)
+    return Mixture(reasoning, general, general_count=round(g.share * config.batch.problems), from_step=g.from_step), held_out
 
 
 def make_fleet(config: StageConfig, policy: Policy, hf: dict[str, Any]) -> Fleet:

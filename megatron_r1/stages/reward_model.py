@@ -64,16 +64,17 @@ def main(config: RewardModelConfig) -> None:
 def load(config: RewardModelConfig) -> tuple[list[Example], list[Example], int]:
     """The examples to train on, those held out, and how many were too long for either."""
     chat = Chat(config.model.path)
-    judged = load_preferences(config.data.preferences, config.kind)
+    judged = load_preferences(config.preferences, config.kind)
     every = [Example([chat.scored_ids(c) for c in j.conversations], j.label) for j in judged]
     fitting = [example for example in every if max(map(len, example.ids)) <= config.max_length]
-    train, held_out = data.split_held_out(fitting, config.data.held_out, seed=config.run.seed)
-    if len(train) < config.batch_size:
+    too_long, held = len(every) - len(fitting), config.data.held_out
+    if len(fitting) - held < config.batch_size:
         raise ValueError(
-            f"batch_size = {config.batch_size}: {config.data.preferences} has {len(train)} examples to train on, "
-            f"{len(held_out)} held out and {len(every) - len(fitting)} too long; lower it"
+            f"batch_size = {config.batch_size}: of the {len(every)} examples in {config.preferences}, {too_long} are too long "
+            f"and {held} held out, which leaves too few to train on; lower it"
         )
-    return train, held_out, len(every) - len(fitting)
+    train, held_out = data.split_held_out(fitting, held, seed=config.run.seed)
+    return train, held_out, too_long
 
 
 def packed(config: RewardModelConfig, policy: Policy, examples: list[Example]) -> list[Microbatch]:
