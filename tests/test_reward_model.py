@@ -19,7 +19,7 @@ import torch
 from mcore_runs import Run, model, sequences
 from ranks import run_ranks
 
-from megatron_r1 import models
+from megatron_r1 import checks, config, models
 from megatron_r1.algorithms import reward_model
 from megatron_r1.packing import TokenSequence, pack, plan
 from megatron_r1.parallel import Parallel
@@ -151,6 +151,19 @@ def test_a_reward_model_is_its_decoder_with_one_label():
         models.reward_model({"architectures": ["LlamaForSequenceClassification"], "num_labels": 3})
 
 
+def test_defaults_are_the_papers():
+    c = config.parse("reward-model", {"kind": "pairwise", "preferences": "p", "model": {"path": "m"}, "optimizer": {"weight_decay": 0.0}})
+    assert (c.batch_size, c.optimizer.lr, c.optimizer.lr_decay_style, c.epochs, c.max_length) == (256, 6e-6, "constant", 1, 8192)
+    assert not c.needs_rollouts
+    assert config.load("reward-model", ROOT / "configs" / "tiny_reward_model.toml").kind == "pairwise"
+
+
+def test_a_reward_model_is_no_policy(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(models.reward_model(model())))
+    with pytest.raises(ValueError, match="a reward model, which writes no text"):
+        checks.check_model(config.parse("eval", {"model": {"path": str(tmp_path)}}))
+
+
 # The stage on data that are easily told apart: the better summary has the larger digit, whatever the reasoning before it says;
 # a response is safe if the digit of its reasoning is large.
 
@@ -224,8 +237,8 @@ def test_a_head_learns_to_tell_answers_apart_that_it_has_not_seen(kind: str, tmp
     assert last["eval/accuracy"] >= 0.9, output
     assert last["eval/loss"] < 0.4 < first["eval/loss"]
     assert last["step"] == 36
-    config = json.loads((tmp_path / "run/hf/config.json").read_text())
-    assert config == models.reward_model(json.loads((TINY / "config.json").read_text()))
+    exported = json.loads((tmp_path / "run/hf/config.json").read_text())
+    assert exported == models.reward_model(json.loads((TINY / "config.json").read_text()))
 
 
 @pytest.mark.slow
