@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 from servers import TINY_V3, free_port
 
+from megatron_r1.config_types import Rollout
+from megatron_r1.launch import spanning
 from megatron_r1.rollout.server_process import ServerProcess, server_command
 
 
@@ -108,3 +111,14 @@ def test_a_folder_without_a_model_and_shapes_without_a_kernel_are_refused(tmp_pa
         server_command(str(tmp_path / "nothing"), **SETTINGS)
     with pytest.raises(ValueError, match=r"kv_lora_rank, qk_rope_head_dim = \(128, 64\): vLLM's CPU kernel takes only \(512, 64\)"):
         server_command(folder(tmp_path, kv_lora_rank=128), **SETTINGS)
+
+
+def test_the_flags_of_a_server_that_spans_nodes_are_vllms():
+    """Read, not imported: pytest's own process never imports vLLM."""
+    package = Path(importlib.util.find_spec("vllm").submodule_search_locations[0])
+    known = (package / "engine/arg_utils.py").read_text() + (package / "entrypoints/launchers/cli_args.py").read_text()
+    flags = [flag for flag in spanning(Rollout(nodes=2, node_rank=1, head="node7")) if flag.startswith("--")]
+    assert flags == ["--nnodes", "--node-rank", "--master-addr", "--headless"]
+    for flag in flags:
+        assert f'"{flag}"' in known, flag
+    assert spanning(Rollout()) == []
