@@ -16,13 +16,13 @@ from megatron_r1.config_stages import GRPOConfig, SFTConfig, StageConfig
 def check(config: StageConfig) -> None:
     """Raise ValueError with one line for the first thing that cannot work."""
     hf = check_model(config)
-    check_layout(config, hf)
+    if config.has_trainer:
+        check_layout(config, hf)
     check_data(config)
     check_rollout(config, hf)
     check_run_folder(config)
     if config.needs_rollouts:
-        for name in config.rewards.weights:
-            plugins.load("rewards", name)
+        check_rewards(config)
     if isinstance(config, GRPOConfig):
         check_batch(config)
 
@@ -33,11 +33,12 @@ def check_model(config: StageConfig) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"model.path = {config.model.path!r}: no such folder; give a Hugging Face model folder")
     hf = read_json(folder / "config.json", setting="model.path")
-    models.family(hf).check(hf)
+    if config.has_trainer:  # without one any family that vLLM knows will do
+        models.family(hf).check(hf)
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"model.path = {config.model.path!r}: tokenizer_config.json is missing; copy the model's tokenizer there")
-    weights = any(folder.glob("*.safetensors"))
-    if config.model.init == "weights" and not weights:
+    is_needed = config.model.init == "weights" and (config.has_trainer or not config.rollout.urls)
+    if is_needed and not any(folder.glob("*.safetensors")):
         raise ValueError(f'model.path = {config.model.path!r}: no *.safetensors there; convert the weights, or set model.init = "random"')
     return hf
 
@@ -83,7 +84,7 @@ def check_data(config: StageConfig) -> None:
         raise ValueError(f"data.jsonl = {d.jsonl!r}: no such file")
     if d.reasoning_gym is not None and d.size is None:
         raise ValueError(f"data.size: required with data.reasoning_gym = {d.reasoning_gym!r}; how many problems to make")
-    if config.evaluation.problems > d.held_out:
+    if config.evaluation.problems > d.held_out and (config.has_trainer or d.held_out):
         raise ValueError(f"evaluation.problems = {config.evaluation.problems}: more than data.held_out = {d.held_out}; raise data.held_out")
     if isinstance(config, SFTConfig) and d.conversations is None:
         raise ValueError('data.conversations: required for SFT; a JSONL file of {"messages": [...]} lines')
@@ -107,6 +108,15 @@ def check_rollout(config: StageConfig, hf: dict[str, Any]) -> None:
             raise ValueError(f"rollout.urls = {url!r}: not a server's address; write it as http://host:port")
     if config.needs_rollouts and not r.urls and importlib.util.find_spec("vllm") is None:
         raise ValueError("rollout.servers: vLLM is not installed here; install the cpu or gpu extra, or set rollout.urls")
+
+
+def check_rewards(config: StageConfig) -> None:
+    """The rewards exist, and one of them says what is correct where that is counted."""
+    for name in config.rewards.weights:
+        plugins.load("rewards", name)
+    judges = config.evaluation.judges
+    if (config.evaluation.problems or not config.has_trainer) and not set(judges) & set(config.rewards.weights):
+        raise ValueError(f"evaluation.judges = {judges}: none of them is among rewards.weights; name one that is, or give one a weight")
 
 
 def has_gpu() -> bool:

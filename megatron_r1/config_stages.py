@@ -7,6 +7,7 @@ from pydantic import model_validator
 from megatron_r1.config_types import (
     Algorithm,
     Batch,
+    BenchmarkEvaluation,
     Checkpoint,
     Count,
     Data,
@@ -45,6 +46,18 @@ class StageConfig(Section):
         """Whether servers must run beside the trainer."""
         return self.evaluation.problems > 0
 
+    @property
+    def has_trainer(self) -> bool:
+        """Whether Megatron holds the weights and the servers wait for them; else the servers load the model themselves."""
+        return True
+
+    @model_validator(mode="after")
+    def _pass_at_fits(self) -> StageConfig:
+        for k in self.evaluation.pass_at:
+            if k > self.evaluation.samples:
+                raise ValueError(f"evaluation.pass_at has {k}: more than evaluation.samples = {self.evaluation.samples}; raise it")
+        return self
+
 
 class SFTConfig(StageConfig):
     steps: Count  # optimizer steps
@@ -80,7 +93,26 @@ class GRPOConfig(StageConfig):
 
 
 class EvalConfig(StageConfig):
-    pass
+    """A model as it is, on the held-out problems of [data], or on all of them where none are held out. No trainer takes part."""
+
+    evaluation: BenchmarkEvaluation = BenchmarkEvaluation()
+
+    @property
+    def needs_rollouts(self) -> bool:
+        return True
+
+    @property
+    def has_trainer(self) -> bool:
+        return False
+
+    @model_validator(mode="after")
+    def _servers_do_the_work(self) -> EvalConfig:
+        ranks = self.parallel.world_size
+        if ranks != 1:
+            raise ValueError(f"parallel.world_size = {ranks}: evaluation has no ranks; leave it out, and raise rollout.servers")
+        if self.model.init == "random":
+            raise ValueError('model.init = "random": there is nothing to evaluate; give a folder with weights')
+        return self
 
 
 STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "grpo": GRPOConfig, "eval": EvalConfig}

@@ -69,6 +69,7 @@ class Data(Section):
     split: str = "train"  # of the huggingface data set
     prompt_key: str = "prompt"
     answer_key: str = "answer"
+    layout: Literal["plain", "aime", "math500", "gpqa"] = "plain"  # "plain": the keys above; else a benchmark's columns (layouts.py)
     reasoning_gym: str | None = None  # a generator of the reasoning-gym package
     reasoning_gym_options: dict[str, Any] = {}
     size: Count | None = None  # procedural problems to make, or a cap on the others
@@ -132,16 +133,27 @@ class Rewards(Section):
 
 
 class Evaluation(Section):
-    """pass@1 on held-out problems, sampled as the paper evaluates unless said otherwise."""
+    """pass@1 and cons@k on held-out problems while a stage trains."""
 
     problems: NonNegative = 0  # 0 = no evaluation
-    samples: Count = 1  # a problem
+    samples: Count = 1  # k of each problem; the paper's training curves have 16 (Nature 645, Fig. 1)
+    pass_at: list[Count] = []  # k of further pass@k figures
+    judges: list[str] = ["accuracy"]  # rewards that say what is correct; of a sample, the first it was scored by
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     max_tokens: Count | None = None  # default: the stage's
     every: NonNegative = 0  # optimizer steps between evaluations; 0 = only at start and end
     at_start: bool = False
     at_end: bool = True
+
+
+class BenchmarkEvaluation(Evaluation):
+    """As the paper evaluates a model (arXiv 2501.12948v2, D.1), of up to sampling.max_tokens = 32,768."""
+
+    problems: NonNegative = 0  # the most to take; 0 = all
+    samples: Count = 64  # AIME and GPQA; 16 for MATH-500
+    temperature: Positive = 0.6
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
 
 
 class Checkpoint(Section):

@@ -6,13 +6,24 @@ import difflib
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from megatron_r1.layouts import LAYOUTS
 from megatron_r1.problem import Conversation, Problem
 
 Item = TypeVar("Item")
 ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What of a row makes a problem."""
+
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    layout: str = "plain"  # or a benchmark of layouts.py, whose rows get a "prompt" and an "answer" before the keys are read
 
 
 def load_problems(
@@ -21,11 +32,10 @@ def load_problems(
     huggingface: str | None = None,
     reasoning_gym: str | None = None,
     split: str = "train",
-    prompt_key: str = "prompt",
-    answer_key: str = "answer",
     reasoning_gym_options: dict[str, Any] | None = None,
     size: int | None = None,
     seed: int = 0,
+    **columns: str,
 ) -> list[Problem]:
     """The problems of exactly one source, in its order; ids count from 0.
 
@@ -34,6 +44,7 @@ def load_problems(
     reasoning_gym   a generator of that package; `size` draws with `seed`, without repeats, so fewer may come out. A row has
                     "prompt" (its question), "answer" and its metadata, of which `prompt_key` may name one ("expression")
     size            draws, or the most problems to take from the other sources
+    columns         the fields of Columns
     Raises ValueError for what is missing or malformed, naming file and line.
     """
     given = {"jsonl": jsonl, "huggingface": huggingface, "reasoning_gym": reasoning_gym}
@@ -46,11 +57,12 @@ def load_problems(
         rows = _huggingface_rows(huggingface, split=split)
     else:
         rows = _reasoning_gym_rows(str(reasoning_gym), options={**(reasoning_gym_options or {}), "size": size or 1000, "seed": seed})
-    source = str(given[names[0]])
+    source, read = str(given[names[0]]), Columns(**columns)
     problems: dict[tuple[str, str] | int, Problem] = {}
-    for where, row in rows:
-        prompt = _text(row, prompt_key, where=where, setting="data.prompt_key")
-        answer = _text(row, answer_key, where=where, setting="data.answer_key")
+    for where, given_row in rows:
+        row = given_row if read.layout == "plain" else LAYOUTS[read.layout](given_row, where=where, seed=seed)
+        prompt = _text(row, read.prompt_key, where=where, setting="data.prompt_key")
+        answer = _text(row, read.answer_key, where=where, setting="data.answer_key")
         # A generator repeats itself; a repeat would put held-out problems among those trained on.
         key = (prompt, answer) if reasoning_gym is not None else len(problems)
         problems.setdefault(key, Problem(id=len(problems), prompt=prompt, answer=answer, source=source))

@@ -51,6 +51,7 @@ class Servers:
     def __init__(self, config: StageConfig, logs: Path) -> None:
         r, s = config.rollout, config.sampling
         longest = max([s.max_tokens, *(tokens for _, tokens in s.max_tokens_schedule)])
+        weights = [] if config.has_trainer else ["--load-format", "auto"]
         self.max_restarts = r.max_restarts
         self.restarts = 0
         self.processes: list[ServerProcess] = []
@@ -65,7 +66,7 @@ class Servers:
                 kv_cache_bytes=r.kv_cache_mib << 20,
                 tensor_parallel_size=r.tensor_parallel_size,
                 weight_transfer=r.weight_transfer,
-                extra=["--host", r.host, *spanning(r), *r.vllm_args],
+                extra=["--host", r.host, *weights, *spanning(r), *r.vllm_args],
             )
             env |= devices(i, servers=r.servers)
             self.processes.append(ServerProcess(argv, env, host=r.host, port=port, log_file=logs / f"server{i}.log"))

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_r1 import plugins
-from megatron_r1.types import Sample
+from megatron_r1.types import Problem, Sample
 
 START_SECONDS = 120.0  # imports of a reward's packages from a slow shared disk
 
@@ -146,6 +146,17 @@ class Scorer:
             sample.reward = sum(
                 weight * sample.rewards.get(name, math.nan) for name, weight in self.weights.items() if weight or name in sample.rewards
             )
+
+    def equal(self, name: str, found: str, reference: str) -> bool | None:
+        """Whether reward `name` takes one final answer for the other; None where it fails to judge them. Blocks."""
+        problem = Problem(id=0, prompt="", answer=reference)
+        request = {"reward": name, "completion": f"<answer>{found}</answer>", "problem": asdict(problem), "options": self.options[name]}
+        verifier = self.idle.get()
+        try:
+            answer = verifier.ask(request, timeout_seconds=self.timeout_seconds)
+        finally:
+            self.idle.put(verifier)
+        return answer["score"] >= 1.0 if "score" in answer else None
 
     def close(self) -> None:
         """Ends the processes; verifications that have not begun are dropped."""

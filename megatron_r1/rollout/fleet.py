@@ -7,17 +7,15 @@ request's seed is its own, so what it samples does not depend on when, where or 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 
 from megatron_r1.mcore import distributed
-from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, RolloutEngine, SamplingParams, never
+from megatron_r1.rollout.engine import EngineError, EngineLost, Request, RolloutEngine, SamplingParams, never
+from megatron_r1.rollout.sampling import MAX_RECOVERIES, request_seed, to_sample
 from megatron_r1.types import Microbatch, Problem, Sample
-
-MAX_RECOVERIES = 3  # of one generate call, before the run stops
 
 
 class WeightOwner(Protocol):
@@ -29,12 +27,6 @@ class WeightOwner(Protocol):
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]: ...
 
     def attach_logprobs(self, microbatches: list[Microbatch], which: str, *, temperature: float) -> None: ...
-
-
-def request_seed(*parts: int) -> int:
-    """A seed of its own for a request, the same on every layout and after a resume; 62 bits leave room for + completion."""
-    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 2
 
 
 class Fleet:
@@ -110,16 +102,3 @@ class Fleet:
         except EngineLost:
             return True
         return False
-
-
-def to_sample(problem: Problem, prompt_ids: list[int], completion: Completion, *, index: int) -> Sample:
-    """A completion with its problem."""
-    return Sample(
-        problem=problem,
-        group_index=index,
-        prompt_ids=prompt_ids,
-        completion_ids=completion.token_ids,
-        sampler_logprobs=completion.logprobs,
-        finish_reason=completion.finish_reason,
-        weight_version=completion.weight_version,
-    )
