@@ -24,6 +24,7 @@ from megatron_r1.scoring import Scorer
 from megatron_r1.stages import inputs
 from megatron_r1.types import Problem, Sample
 
+WIDTH = 140  # columns of the table
 BACKLOG = 64  # groups of completions whose verdicts are awaited while others are sampled
 
 
@@ -53,6 +54,7 @@ def main(config: EvalConfig) -> None:
     metrics.close()
     title = f"{config.model.path}, T = {e.temperature:g}, top-p {e.top_p:g}, at most {sampling.max_tokens} tokens, 95% intervals"
     console = Console()
+    console.width = max(console.width, WIDTH)  # a log is 80 wide, and would cut the figures
     console.print(evaluation.table(rows, title=title))
     console.print(f"samples: {file.path}", soft_wrap=True)
     lock.close()
