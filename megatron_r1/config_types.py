@@ -138,7 +138,7 @@ class Evaluation(Section):
     problems: NonNegative = 0  # 0 = no evaluation
     samples: Count = 1  # k of each problem; the paper's training curves have 16 (Nature 645, Fig. 1)
     pass_at: list[Count] = []  # k of further pass@k figures
-    judges: list[str] = ["accuracy"]  # rewards that say what is correct; of a sample, the first it was scored by
+    judges: list[str] = ["accuracy", "choice", "short_answer", "code", "bugfix"]  # rewards that say what is correct; a sample's first
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     max_tokens: Count | None = None  # default: the stage's

@@ -103,15 +103,16 @@ def attempt(sample: Sample, *, judges: Sequence[str]) -> Attempt:
 
 
 def final_answer(judge: str, text: str) -> str | None:
-    """What the completion answers, by the reward's own `final_answer`; None of a reward that has none, as one that runs code."""
+    """What the completion answers, as the reward reads it; None of a reward without final answers, as one that runs code."""
     find = finder(judge)
     return None if find is None else find(text)
 
 
 @lru_cache
 def finder(judge: str) -> Callable[[str], str | None] | None:
-    """The `final_answer` of a reward's module."""
-    return getattr(plugins.load("rewards", judge), "final_answer", None)
+    """The function of a reward's module that finds a completion's answer: `chosen` (an option's letter), or `final_answer`."""
+    module = plugins.load("rewards", judge)
+    return getattr(module, "chosen", None) or getattr(module, "final_answer", None)
 
 
 def scores(attempts: Sequence[Attempt], *, k: int, pass_at: Sequence[int] = (), equal: Equal) -> list[Score]:
@@ -176,7 +177,7 @@ def consensus(group: Sequence[Attempt], equal: Equal) -> tuple[float | None, int
     judged = [one for one in group if one.correct is not None]
     if not judged or finder(judged[0].judge) is None:
         return None, 0
-    right = sum(one.correct for one in judged if one.answer is not None)
+    right = sum(one.correct for one in judged)
     wrong = [one.answer for one in judged if one.answer is not None and not one.correct]
     if right == 0 or right > len(wrong):  # decided, however the wrong answers fall together
         return float(right > 0), 0

@@ -22,7 +22,8 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_r1 import plugins
-from megatron_r1.types import Problem, Sample
+from megatron_r1.problem import Problem
+from megatron_r1.types import Sample
 
 START_SECONDS = 120.0  # imports of a reward's packages from a slow shared disk
 

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 from safetensors.torch import save_file
+from test_servers import Stub
 
 from megatron_r1 import config
 from megatron_r1.__main__ import main
+from megatron_r1.chat import Chat
 from megatron_r1.config_stages import EvalConfig
 from megatron_r1.launch import Servers, free_port
 from megatron_r1.rollout.server_process import ServerProcess, server_command
+from megatron_r1.stages import evaluate
 from megatron_r1.weights.random import RandomWeights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,6 +113,39 @@ def test_a_folder_and_a_plain_server_of_it_give_the_same_samples_and_figures(fol
     assert "samples.jsonl" in out
 
 
+def test_figures_and_files_of_answers_that_are_known(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """A plain server that gives, to each of three questions whose answer is 2: 2.0, a half, one half, and nothing in time."""
+    chat = Chat(folder / "model")
+    texts = ["<answer>2.0</answer>", "<answer>\\frac{1}{2}</answer>", "<answer>0.5</answer>", "<think>well"]
+    ids = [chat.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+    def completions(body: dict) -> tuple[int, object]:
+        ends = ["stop"] * 3 + ["length"]
+        return 200, {"choices": [{"index": i, "token_ids": ids[i], "finish_reason": ends[i]} for i in range(body["n"])]}
+
+    known = Stub(
+        **{
+            "openapi.json": lambda _: (200, {"paths": {}}),
+            "v1/models": lambda _: (200, {"data": [{"id": "m"}]}),
+            "v1/completions": completions,
+        }
+    )
+    (folder / "twos.jsonl").write_text("".join(json.dumps({"prompt": f"{i} + {2 - i}", "answer": "2"}) + "\n" for i in range(3)))
+    changes = [f'rollout.urls=["{known.url}"]', f"run.dir={folder}/known", f"data.jsonl={folder}/twos.jsonl"]
+    evaluate.main(config.load("eval", folder / "eval.toml", changes))
+    known.close()
+    found = rows(folder / "known")
+    assert [row["completion"] for row in found] == texts * 3
+    assert [row["answer"] for row in found] == ["2.0", "\\frac{1}{2}", "0.5", None] * 3
+    assert [row["correct"] for row in found] == [True, False, False, False] * 3
+    [record] = [json.loads(line) for line in (folder / "known/metrics.jsonl").read_text().splitlines()]
+    expected = {"problems": 3, "samples": 12, "pass@1": 1 / 4, "pass@2": 1 / 2, "truncated": 1 / 4, "verifier_failures": 0, "unjudged": 0}
+    assert {name: record[f"eval/{name}"] for name in expected} == expected
+    assert record["eval/cons@4"] == 0.0, "the two halves outvote the 2"
+    assert record["eval/length_mean"] == pytest.approx(sum(map(len, ids)) / 4)
+    assert "0.250 [0.250, 0.250]" in capsys.readouterr().out
+
+
 def test_evaluation_is_the_papers_unless_said_otherwise(tmp_path: Path):
     (tmp_path / "e.toml").write_text('[model]\npath = "m"\n[evaluation]\nsamples = 16\n')
     c = config.load("eval", tmp_path / "e.toml")
@@ -117,6 +153,14 @@ def test_evaluation_is_the_papers_unless_said_otherwise(tmp_path: Path):
     assert (c.evaluation.temperature, c.evaluation.top_p, c.sampling.max_tokens) == (0.6, 0.95, 32_768)
     assert (c.evaluation.samples, EvalConfig.model_fields["evaluation"].default.samples) == (16, 64)
     assert config.load("eval", tmp_path / "e.toml") == config.parse("eval", config.read_toml(tmp_path / "e.toml"))
+
+
+@pytest.mark.parametrize(("name", "samples", "layout"), [("aime", 64, "aime"), ("math500", 16, "math500"), ("gpqa", 64, "gpqa")])
+def test_the_presets_sample_as_often_as_the_paper_does(name: str, samples: int, layout: str):
+    """arXiv 2501.12948v2, D.1: AIME and GPQA 64, MATH 16."""
+    c = config.load("eval", ROOT / f"configs/eval_{name}.toml")
+    assert (c.evaluation.samples, c.evaluation.temperature, c.evaluation.top_p, c.sampling.max_tokens) == (samples, 0.6, 0.95, 32_768)
+    assert (c.data.layout, c.data.held_out, c.evaluation.problems) == (layout, 0, 0)
 
 
 def test_servers_load_the_folder_s_weights_for_evaluation_and_none_for_training(folder: Path, tmp_path: Path):

@@ -173,6 +173,17 @@ def test_a_reward_without_final_answers_has_no_vote():
     assert (row.cons, row.pass_1.mean) == (None, 0.25)
 
 
+def test_the_answer_is_what_the_reward_s_own_module_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "letters.py").write_text("final_answer = str.lower\n\n\ndef chosen(completion):\n    return completion[-1]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert evaluation.final_answer("own.letters", "It is C") == "C"
+    assert evaluation.final_answer("accuracy", "It is \\boxed{C}") == "C"
+    assert evaluation.final_answer("format", "It is \\boxed{C}") is None
+
+
 def test_the_table_has_a_row_for_all_and_for_each_source():
     console = Console(width=140, record=True)
     console.print(table(scores(ATTEMPTS, k=4, pass_at=[2], equal=never), title="tiny"))

@@ -75,6 +75,15 @@ def test_gpqa_shuffles_its_options_and_the_answer_is_the_letter_of_the_right_one
     assert [p.answer for p in problems] != [p.answer for p in data.load_problems(huggingface=name, layout="gpqa", seed=2)]
 
 
+def test_gpqa_is_read_from_its_csv_and_its_letter_is_judged(tmp_path: Path):
+    (tmp_path / "gpqa").mkdir()
+    datasets.Dataset.from_list([GPQA]).to_csv(str(tmp_path / "gpqa" / "gpqa_diamond.csv"))
+    [problem] = data.load_problems(huggingface=str(tmp_path / "gpqa"), layout="gpqa")
+    assert options(problem.prompt)[problem.answer] == "7"
+    for text, score in ((problem.answer, 1.0), (f"\\text{{{problem.answer}}}", 1.0), ("E", 0.0)):
+        assert reward(f"</think>\\boxed{{{text}}}", problem) == score, text
+
+
 def test_a_gpqa_question_has_the_same_options_whatever_stands_before_it(tmp_path: Path):
     alone = data.load_problems(huggingface=folder(tmp_path / "one", GPQA), layout="gpqa", seed=3)
     after = data.load_problems(huggingface=folder(tmp_path / "two", GPQA | {"Question": "Another?"}, GPQA), layout="gpqa", seed=3)
