@@ -10,13 +10,13 @@ from typing import Any
 from urllib.parse import urlparse
 
 from megatron_r1 import models, parallel, plugins
-from megatron_r1.config_stages import GRPOConfig, SFTConfig, StageConfig
+from megatron_r1.config_stages import EvalConfig, GRPOConfig, SFTConfig, StageConfig
 
 
 def check(config: StageConfig) -> None:
     """Raise ValueError with one line for the first thing that cannot work."""
     hf = check_model(config)
-    if config.has_trainer:
+    if not config.serves_own_weights:
         check_layout(config, hf)
     check_data(config)
     check_rollout(config, hf)
@@ -33,11 +33,11 @@ def check_model(config: StageConfig) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"model.path = {config.model.path!r}: no such folder; give a Hugging Face model folder")
     hf = read_json(folder / "config.json", setting="model.path")
-    if config.has_trainer:  # without one any family that vLLM knows will do
+    if not config.serves_own_weights:  # else any family that vLLM knows will do
         models.family(hf).check(hf)
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"model.path = {config.model.path!r}: tokenizer_config.json is missing; copy the model's tokenizer there")
-    is_needed = config.model.init == "weights" and (config.has_trainer or not config.rollout.urls)
+    is_needed = config.model.init == "weights" and not (config.serves_own_weights and config.rollout.urls)
     if is_needed and not any(folder.glob("*.safetensors")):
         raise ValueError(f'model.path = {config.model.path!r}: no *.safetensors there; convert the weights, or set model.init = "random"')
     return hf
@@ -84,7 +84,7 @@ def check_data(config: StageConfig) -> None:
         raise ValueError(f"data.jsonl = {d.jsonl!r}: no such file")
     if d.reasoning_gym is not None and d.size is None:
         raise ValueError(f"data.size: required with data.reasoning_gym = {d.reasoning_gym!r}; how many problems to make")
-    if config.evaluation.problems > d.held_out and (config.has_trainer or d.held_out):
+    if config.evaluation.problems > d.held_out and (d.held_out or not isinstance(config, EvalConfig)):
         raise ValueError(f"evaluation.problems = {config.evaluation.problems}: more than data.held_out = {d.held_out}; raise data.held_out")
     if isinstance(config, SFTConfig) and d.conversations is None:
         raise ValueError('data.conversations: required for SFT; a JSONL file of {"messages": [...]} lines')
@@ -115,7 +115,7 @@ def check_rewards(config: StageConfig) -> None:
     for name in config.rewards.weights:
         plugins.load("rewards", name)
     judges = config.evaluation.judges
-    if (config.evaluation.problems or not config.has_trainer) and not set(judges) & set(config.rewards.weights):
+    if (config.evaluation.problems or isinstance(config, EvalConfig)) and not set(judges) & set(config.rewards.weights):
         raise ValueError(f"evaluation.judges = {judges}: none of them is among rewards.weights; name one that is, or give one a weight")
 
 

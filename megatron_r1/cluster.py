@@ -30,7 +30,7 @@ def plan(arguments: list[str]) -> int:
 
 def layout(config: StageConfig) -> list[str]:
     """The sizes that follow from the config, one line each."""
-    if not config.has_trainer:
+    if config.serves_own_weights:
         servers = len(config.rollout.urls) or config.rollout.servers
         return [f"no trainer ranks; {servers} servers sample {config.evaluation.samples} completions a problem"]
     p, data_parallel = config.parallel, data_parallel_size(config)

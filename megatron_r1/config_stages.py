@@ -47,9 +47,9 @@ class StageConfig(Section):
         return self.evaluation.problems > 0
 
     @property
-    def has_trainer(self) -> bool:
-        """Whether Megatron holds the weights and the servers wait for them; else the servers load the model themselves."""
-        return True
+    def serves_own_weights(self) -> bool:
+        """Whether the servers load the folder's weights, as no trainer sends them any."""
+        return False
 
     @model_validator(mode="after")
     def _pass_at_fits(self) -> StageConfig:
@@ -102,8 +102,8 @@ class EvalConfig(StageConfig):
         return True
 
     @property
-    def has_trainer(self) -> bool:
-        return False
+    def serves_own_weights(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _servers_do_the_work(self) -> EvalConfig:

@@ -51,7 +51,7 @@ class Servers:
     def __init__(self, config: StageConfig, logs: Path) -> None:
         r, s = config.rollout, config.sampling
         longest = max([s.max_tokens, *(tokens for _, tokens in s.max_tokens_schedule)])
-        weights = [] if config.has_trainer else ["--load-format", "auto"]
+        weights = ["--load-format", "auto"] if config.serves_own_weights else []
         self.max_restarts = r.max_restarts
         self.restarts = 0
         self.processes: list[ServerProcess] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -44,6 +45,12 @@ class SamplingParams:
 def never() -> bool:
     """Nobody asks to stop."""
     return False
+
+
+def request_seed(*parts: int) -> int:
+    """A seed of its own for a request, the same on every layout and after a resume; 62 bits leave room for + completion."""
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
 
 
 @dataclass(frozen=True)

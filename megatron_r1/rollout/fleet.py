@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from megatron_r1.mcore import distributed
-from megatron_r1.rollout.engine import EngineError, EngineLost, Request, RolloutEngine, SamplingParams, never
-from megatron_r1.rollout.sampling import MAX_RECOVERIES, request_seed, to_sample
+from megatron_r1.rollout.engine import EngineError, EngineLost, Request, RolloutEngine, SamplingParams, never, request_seed
+from megatron_r1.rollout.sampling import MAX_RECOVERIES, to_sample
 from megatron_r1.types import Microbatch, Problem, Sample
 
 

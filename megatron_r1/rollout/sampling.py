@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
-from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, RolloutEngine, SamplingParams
+from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, RolloutEngine, SamplingParams, request_seed
 from megatron_r1.types import Problem, Sample
 
 MAX_RECOVERIES = 3  # of one generate call, before the run stops
-
-
-def request_seed(*parts: int) -> int:
-    """A seed of its own for a request, the same on every layout and after a resume; 62 bits leave room for + completion."""
-    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 2
 
 
 def to_sample(problem: Problem, prompt_ids: list[int], completion: Completion, *, index: int) -> Sample:

@@ -19,16 +19,16 @@ from megatron_r1.problem import Problem
 from megatron_r1.rollout.engine import SamplingParams, never
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.vllm_server import VLLMServers
+from megatron_r1.run_folder import DONE, STOP, hold
 from megatron_r1.sample_file import SampleFile
 from megatron_r1.scoring import Scorer
 from megatron_r1.signals import StopRequest
-from megatron_r1.stages.inputs import evaluation_sampling, hold, load_problems, make_scorer
+from megatron_r1.stages.inputs import evaluation_sampling, load_problems, make_scorer
 from megatron_r1.types import Microbatch, Sample
 from megatron_r1.watchdog import Watchdog
 from megatron_r1.weights import shard
 
 CANARY_TOKENS = 48
-DONE, STOP = "done", "stop"  # files in the run's folder: it is done; save and end, please
 
 
 @dataclass

@@ -19,6 +19,7 @@ from megatron_r1.config_stages import EvalConfig
 from megatron_r1.metrics import Metrics, Stopwatch, progress
 from megatron_r1.rollout.sampling import sample_groups
 from megatron_r1.rollout.vllm_server import VLLMServers
+from megatron_r1.run_folder import hold
 from megatron_r1.sample_file import SampleFile
 from megatron_r1.scoring import Scorer
 from megatron_r1.stages import inputs
@@ -31,7 +32,7 @@ BACKLOG = 64  # groups of completions whose verdicts are awaited while others ar
 def main(config: EvalConfig) -> None:
     """Sample, verify and count once; ends with the table, metrics at step 0, and <run.dir>/eval/samples.jsonl."""
     folder, e, watch = Path(config.run.dir), config.evaluation, Stopwatch()
-    lock = inputs.hold(folder)
+    lock = hold(folder)
     metrics = Metrics(folder, steps=0, tensorboard=config.logging.tensorboard)
     chat, problems = Chat(config.model.path, chat_template=config.chat_template), chosen(config)
     prompts = [(problem, chat.prompt_ids(problem)) for problem in problems]

@@ -1,27 +1,12 @@
-"""What a stage reads and holds before any rank or server takes part; knows no Megatron, so evaluation runs where there is none."""
+"""What the stages make of the config without Megatron, so that evaluation runs where there is none."""
 
 from __future__ import annotations
-
-import fcntl
-from pathlib import Path
-from typing import TextIO
 
 from megatron_r1 import data
 from megatron_r1.config_stages import StageConfig
 from megatron_r1.problem import Problem
 from megatron_r1.rollout.engine import SamplingParams
 from megatron_r1.scoring import Scorer
-
-
-def hold(folder: Path) -> TextIO:
-    """Lock the run's folder against a second run; the lock goes with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"run.dir = {str(folder)!r}: another run is writing there; wait for its end or choose another folder") from None
-    return file
 
 
 def load_problems(config: StageConfig) -> tuple[data.Dataset[Problem], list[Problem]]:
