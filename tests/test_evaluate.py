@@ -48,11 +48,13 @@ pass_at = [2]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny V3 of random weights, three problems and a config."""
+    """A tiny V3, three problems and a config. Its weights are so large that what is sampled depends on them, not on the seed alone."""
     root = tmp_path_factory.mktemp("eval")
     shutil.copytree(TINY, root / "model")
     random = RandomWeights(json.loads((TINY / "config.json").read_text()), seed=5)
-    save_file({name: random.read(name, ()).contiguous() for name in random.shapes}, root / "model/model.safetensors", {"format": "pt"})
+    weights = {name: random.read(name, ()).contiguous() for name in random.shapes}
+    large = {name: value if value.ndim == 1 else 5 * value for name, value in weights.items()}
+    save_file(large, root / "model/model.safetensors", {"format": "pt"})
     (root / "problems.jsonl").write_text("".join(json.dumps({"prompt": f"{i} + 1", "answer": i + 1}) + "\n" for i in range(3)))
     (root / "eval.toml").write_text(CONFIG.format(folder=root))
     return root
