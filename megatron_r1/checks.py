@@ -11,22 +11,23 @@ from typing import Any
 from urllib.parse import urlparse
 
 from megatron_r1 import chat_templates, models, parallel, plugins, scoring
-from megatron_r1.config_stages import GRPOConfig, RejectionConfig, RewardModelConfig, SFTConfig, StageConfig
+from megatron_r1.config_stages import EvalConfig, GRPOConfig, RejectionConfig, RewardModelConfig, SFTConfig, StageConfig
 
 
 def check(config: StageConfig) -> None:
     """Raise ValueError with one line for the first thing that cannot work."""
     if isinstance(config, RejectionConfig):
         check_rejection(config)
-    hf = {} if config.serves_own_weights and config.rollout.urls else check_model(config)
+    has_model = config.model is not None and not (isinstance(config, RejectionConfig) and config.rollout.urls)
+    hf = check_model(config) if has_model else {}
     chat_templates.chat_template(config.chat_template)
-    check_layout(config, hf)
+    if not config.serves_own_weights:
+        check_layout(config, hf)
     check_data(config)
     check_rollout(config, hf)
     check_run_folder(config)
     if config.needs_rollouts:
-        r = config.rewards
-        scoring.check(r.weights, r.options, by_source=r.by_source)
+        check_rewards(config)
     if isinstance(config, GRPOConfig):
         check_batch(config)
 
@@ -37,15 +38,16 @@ def check_model(config: StageConfig) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"model.path = {config.model.path!r}: no such folder; give a Hugging Face model folder")
     hf = read_json(folder / "config.json", setting="model.path")
-    models.family(hf).check(hf)
+    if not config.serves_own_weights:  # else any family that vLLM knows will do
+        models.family(hf).check(hf)
     if isinstance(config, RewardModelConfig):
         hf = models.reward_model(hf)
     elif models.is_reward_model(hf):
         raise ValueError(f"model.path = {config.model.path!r}: a reward model, which writes no text; give a language model")
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"model.path = {config.model.path!r}: tokenizer_config.json is missing; copy the model's tokenizer there")
-    weights = any(folder.glob("*.safetensors"))
-    if config.model.init == "weights" and not weights:
+    is_needed = config.model.init == "weights" and not (config.serves_own_weights and config.rollout.urls)
+    if is_needed and not any(folder.glob("*.safetensors")):
         raise ValueError(f'model.path = {config.model.path!r}: no *.safetensors there; convert the weights, or set model.init = "random"')
     return hf
 
@@ -91,7 +93,7 @@ def check_data(config: StageConfig) -> None:
         raise ValueError(f"data.jsonl = {d.jsonl!r}: no such file")
     if d.reasoning_gym is not None and d.size is None:
         raise ValueError(f"data.size: required with data.reasoning_gym = {d.reasoning_gym!r}; how many problems to make")
-    if config.evaluation.problems > d.held_out:
+    if config.evaluation.problems > d.held_out and (d.held_out or not isinstance(config, EvalConfig)):
         raise ValueError(f"evaluation.problems = {config.evaluation.problems}: more than data.held_out = {d.held_out}; raise data.held_out")
     if isinstance(config, SFTConfig) and d.conversations is None:
         raise ValueError('data.conversations: required for SFT; a JSONL file of {"messages": [...]} lines')
@@ -124,6 +126,15 @@ def check_url(url: str, *, setting: str) -> None:
     parts = urlparse(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{setting} = {url!r}: not a server's address; write it as http://host:port")
+
+
+def check_rewards(config: StageConfig) -> None:
+    """The rewards exist, and one of them says what is correct where that is counted."""
+    r, judges = config.rewards, config.evaluation.judges
+    scoring.check(r.weights, r.options, by_source=r.by_source)
+    names = {name for weights in (r.weights, *r.by_source.values()) for name in weights}
+    if (config.evaluation.problems or isinstance(config, EvalConfig)) and not names & set(judges):
+        raise ValueError(f"evaluation.judges = {judges}: none of them is among rewards.weights; name one that is, or give one a weight")
 
 
 def has_gpu() -> bool:

@@ -35,6 +35,9 @@ def load(command: str, arguments: list[str]) -> StageConfig:
 
 def layout(config: StageConfig) -> list[str]:
     """The sizes that follow from the config, one line each."""
+    if config.serves_own_weights:
+        servers = len(config.rollout.urls) or config.rollout.servers
+        return [f"no trainer ranks; {servers} servers sample {config.evaluation.samples} completions a problem"]
     p, data_parallel = config.parallel, data_parallel_size(config)
     stages = p.virtual_pipeline_model_parallel_size
     lines = [

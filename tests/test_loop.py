@@ -49,6 +49,7 @@ max_tokens = 24
 temperature = 0.9
 [evaluation]
 problems = 8
+samples = 3
 [checkpoint]
 every = 2
 keep = 5
@@ -116,6 +117,11 @@ def test_a_run_trains_evaluates_saves_and_exports(loop, unbroken):
     for name in ("reward/accuracy", "reward/format", "rollout/length_p95", "policy/kl", "policy/ratio_max_negative", "eval/pass@1"):
         assert name in last, name
     assert last["cost/gpu_hours"] > 0.0
+    assert (last["eval/problems"], last["eval/samples"]) == (8.0, 24.0)
+    assert "eval/cons@3" in last
+    samples = [json.loads(line) for line in (run / "eval/step_000006.jsonl").read_text().splitlines()]
+    assert len({(row["problem"], row["sample"]) for row in samples}) == len(samples) == 24
+    assert sum(row["correct"] for row in samples) / 24 == pytest.approx(last["eval/pass@1"])
     assert {"grpo.toml", "metrics.jsonl", "tensorboard", "logs", "checkpoints", "hf"} <= {p.name for p in run.iterdir()}
     samples = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
     assert {s["step"] for s in samples} == {2, 4, 6}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,10 @@ from servers import free_port
 
 from megatron_r1.rollout import wire
 from megatron_r1.rollout.engine import EngineError, EngineLost, Request, SamplingParams
+from megatron_r1.rollout.sampling import sample_groups
 from megatron_r1.rollout.vllm_server import VLLMServers
 from megatron_r1.rollout.weight_transfer import make_sender, rank_offsets
+from megatron_r1.types import Problem
 
 Answer = tuple[int, object]
 
@@ -91,6 +94,91 @@ def client() -> Iterator[Callable[..., VLLMServers]]:
 
 def ask(engine: VLLMServers, *, count: int = 6, n: int = 2) -> dict:
     return dict(engine.generate([Request(i, [3, 4], seed=i) for i in range(count)], SamplingParams(max_tokens=1, n=n)))
+
+
+def plain(stub: Callable[..., Stub], **changes: object) -> Stub:
+    """A `vllm serve` as anyone starts it: OpenAI's API, and a refusal where the tokens' endpoint would be."""
+
+    def completions(body: dict) -> Answer:
+        choice = {"token_ids": [5, 1], "finish_reason": "stop", "text": "five"} | changes
+        return 200, {"choices": [choice | {"index": i} for i in reversed(range(body["n"]))]}
+
+    return stub(
+        **{
+            "openapi.json": lambda _: (200, {"paths": {"/v1/completions": {}}}),
+            "v1/models": lambda _: (200, {"data": [{"id": "some/model"}]}),
+            "v1/completions": completions,
+            "inference/v1/generate": lambda _: (403, {"error": {"message": "Scale-out endpoints are disabled."}}),
+        }
+    )
+
+
+def test_a_plain_vllm_server_is_asked_by_openai_s_api_with_nothing_left_to_its_defaults(stub, client):
+    one = plain(stub)
+    engine = client(one.url, own_weights=True)
+    engine.wait_ready(5.0)
+    found = dict(engine.generate([Request(0, [3, 4], seed=9)], SamplingParams(max_tokens=7, temperature=0.6, top_p=0.95, n=2)))
+    assert [(c.token_ids, c.finish_reason, c.weight_version) for c in found[0]] == [([5, 1], "stop", -1)] * 2
+    assert all(math.isnan(value) for c in found[0] for value in c.logprobs), "not the sampler's, so nobody may train on them"
+    [body] = [body for path, body in one.asked if path == "/v1/completions"]
+    assert (body["model"], body["prompt"], body["seed"], body["n"], body["max_tokens"]) == ("some/model", [3, 4], 9, 2, 7)
+    assert (body["temperature"], body["top_p"], body["top_k"], body["repetition_penalty"]) == (0.6, 0.95, 0, 1.0)
+
+
+def test_plain_servers_and_our_own_answer_side_by_side(stub, client):
+    ours = stub(**{"openapi.json": lambda _: (200, {"paths": {"/inference/v1/generate": {}}})})
+    engine = client(plain(stub).url, ours.url, own_weights=True)
+    engine.wait_ready(5.0)
+    assert list(engine.models.values()) == ["some/model"]
+    assert sorted(ask(engine)) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"token_ids": None}, "without token ids.* vLLM 0.10.2"), ({"finish_reason": "abort"}, "a completion ended with 'abort'")],
+)
+def test_an_answer_that_cannot_be_counted_is_an_error(stub, client, changes: dict, message: str):
+    engine = client(plain(stub, **changes).url, own_weights=True)
+    engine.wait_ready(5.0)
+    with pytest.raises(EngineError, match=message):
+        ask(engine)
+
+
+def test_what_lost_servers_took_with_them_is_sampled_again_with_the_same_seeds(stub, client):
+    failures = iter([True, False, True])
+
+    def sometimes(body: dict) -> Answer:
+        return (500, {}) if next(failures, False) else one.completions(body)
+
+    healthy = iter([True, False, False])  # ready; dead when asked after the first refusal, and after the second
+    one = stub(
+        **{
+            "inference/v1/generate": sometimes,
+            "health": lambda _: (200, {}) if next(healthy, True) else (503, {}),
+            "openapi.json": lambda _: (200, {"paths": {"/inference/v1/generate": {}}}),
+        }
+    )
+    engine = client(one.url, own_weights=True, max_num_seqs=2)
+    engine.wait_ready(5.0)
+    prompts = [(Problem(i, f"p{i}", "1"), [3, 4 + i]) for i in range(3)]
+    groups = list(sample_groups(engine, prompts, SamplingParams(max_tokens=1, n=2), seed=1, restart_seconds=5.0))
+    assert sorted(group[0].problem.id for group in groups) == [0, 1, 2]
+    assert all([s.group_index for s in group] == [0, 1] for group in groups)
+    seeds = {tuple(body["token_ids"]): body["sampling_params"]["seed"] for path, body in one.asked if path == "/inference/v1/generate"}
+    assert len(seeds) == len(set(seeds.values())) == 3
+    asked = [body["sampling_params"]["seed"] for path, body in one.asked if path == "/inference/v1/generate"]
+    assert len(asked) > len(set(asked)) == 3, "asked again, with the seed of its own"
+
+
+def test_servers_that_never_stay_end_the_evaluation(stub, client):
+    turns = iter(range(1000))
+    broken = stub(**{"inference/v1/generate": lambda _: (500, {}), "health": lambda _: (200 if next(turns) % 2 == 0 else 503, {})})
+    broken.replies["/openapi.json"] = lambda _: (200, {"paths": {"/inference/v1/generate": {}}})
+    engine = client(broken.url, own_weights=True)
+    engine.wait_ready(5.0)
+    prompts = [(Problem(0, "p", "1"), [3])]
+    with pytest.raises(EngineError, match="lost 4 times in one run"):
+        list(sample_groups(engine, prompts, SamplingParams(max_tokens=1), seed=1, restart_seconds=5.0))
 
 
 def dead_url() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1 import status
+from megatron_r1 import runs, status
 
 
 def job(run: Path, name: str, *, nodes: int, gpus: int, minutes: float) -> None:
@@ -29,17 +29,16 @@ def test_a_run_of_two_jobs_has_their_gpu_hours_its_step_its_pace_and_its_last_er
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 6, "half')
     job(tmp_path, "11", nodes=4, gpus=8, minutes=30)
     job(tmp_path, "12", nodes=4, gpus=8, minutes=15)
-    found = dict(status.rows(tmp_path))
+    found = dict(status.rows(runs.read(tmp_path)))
     assert found["stage"] == "grpo, 4 trainer ranks"
     assert found["jobs so far"] == "2, 24.00 GPU-hours"
     assert found["step"] == "4 of 8, 60.0 min ago"
     assert found["reward"] == "0.4 at step 4"
-    assert found["rank-hours"] == "2.00"
     assert found["time left"] == "30.0 min"
     assert found["checkpoint"] == "none yet"
     assert found["last error"].startswith("model.path: gone (")
 
 
 def test_a_folder_that_is_no_runs_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no sft\.toml or grpo\.toml"):
-        status.rows(tmp_path)
+    with pytest.raises(ValueError, match="it is not the folder of a run"):
+        status.status([str(tmp_path)])

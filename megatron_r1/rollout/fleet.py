@@ -13,19 +13,9 @@ from typing import Protocol
 import torch
 
 from megatron_r1.mcore import distributed
-from megatron_r1.rollout.engine import (
-    Completion,
-    EngineError,
-    EngineLost,
-    Request,
-    RolloutEngine,
-    SamplingParams,
-    never,
-    request_seed,
-)
+from megatron_r1.rollout.engine import EngineError, EngineLost, Request, RolloutEngine, SamplingParams, never, request_seed
+from megatron_r1.rollout.sampling import MAX_RECOVERIES, to_sample
 from megatron_r1.types import Microbatch, Problem, Sample
-
-MAX_RECOVERIES = 3  # of one generate call, before the run stops
 
 
 class WeightOwner(Protocol):
@@ -112,16 +102,3 @@ class Fleet:
         except EngineLost:
             return True
         return False
-
-
-def to_sample(problem: Problem, prompt_ids: list[int], completion: Completion, *, index: int) -> Sample:
-    """A completion with its problem."""
-    return Sample(
-        problem=problem,
-        group_index=index,
-        prompt_ids=prompt_ids,
-        completion_ids=completion.token_ids,
-        sampler_logprobs=completion.logprobs,
-        finish_reason=completion.finish_reason,
-        weight_version=completion.weight_version,
-    )

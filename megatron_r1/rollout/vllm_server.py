@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_r1.rollout import wire
+from megatron_r1.rollout import openai_api, wire
 from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, SamplingParams, never
 from megatron_r1.rollout.servers import NotReady, ServerDown, Servers
 from megatron_r1.rollout.weight_transfer import make_sender
 
+TOKENS_PATH = "/inference/v1/generate"
 BUCKET_BYTES = 256 << 20
 STOP_SECONDS = 1.0  # how often to ask whether to stop
 NO_VERSION = -1  # a server's own weights, before any update
@@ -31,8 +32,8 @@ class VLLMServers:
     """RolloutEngine over HTTP; see engine.py for what each method promises.
 
     `rank` is the trainer's: every rank may call `update_weights`, and rank 0 sends (with ipc all do). `own_weights` lets servers
-    sample before the first update, with the weights they loaded themselves. `pause` says what becomes of requests that run while
-    an update begins: "wait" for them, or "keep" them and go on with the new weights.
+    sample before the first update, with the weights they loaded themselves; after `wait_ready` any `vllm serve` will do. `pause` says
+    what becomes of requests that run while an update begins: "wait" for them, or "keep" them and go on with the new weights.
     """
 
     def __init__(
@@ -55,10 +56,22 @@ class VLLMServers:
         self.pause, self.own_weights = pause, own_weights
         self.bucket_bytes = BUCKET_BYTES
         self.version: int | None = None  # what this client last sent
+        self.models: dict[str, str] = {}  # servers that have OpenAI's API alone, and what they call their model
         self.lost: list[str] = []  # servers that did not come back in time, as when their node is gone
 
     def wait_ready(self, limit_seconds: float) -> None:
         self.servers.wait_ready(limit_seconds)
+        if self.own_weights:
+            self.models = self.servers.submit(self._plain()).result()
+
+    async def _plain(self) -> dict[str, str]:
+        """The model's name at each server without the endpoint for tokens, of whose absence its schema tells."""
+        names = {}
+        for url in self.servers.urls:
+            schema = await self.servers.call(url, "/openapi.json", method="GET")
+            if TOKENS_PATH not in schema["paths"]:
+                names[url] = (await self.servers.call(url, "/v1/models", method="GET"))["data"][0]["id"]
+        return names
 
     def close(self) -> None:
         if self.sender is not None:
@@ -124,10 +137,15 @@ class VLLMServers:
     async def _completions(self, url: str, request: Request, sampling: SamplingParams) -> list[Completion] | None:
         """None if the server died, or was restarted since the last update and samples from no one's weights."""
         try:
-            reply = await self.servers.call(url, "/inference/v1/generate", generate_body(request, sampling))
+            if url in self.models:
+                body, read = openai_api.body(request, sampling, model=self.models[url]), openai_api.completion
+                reply = await self.servers.call(url, openai_api.PATH, body)
+            else:
+                body, read = generate_body(request, sampling), completion
+                reply = await self.servers.call(url, TOKENS_PATH, body)
         except ServerDown:
             return None
-        completions = [completion(choice, url) for choice in sorted(reply["choices"], key=lambda choice: choice["index"])]
+        completions = [read(choice, url) for choice in sorted(reply["choices"], key=lambda choice: choice["index"])]
         assert len(completions) == sampling.n, f"{url=} {request.key=} {len(completions)=}"
         if not self.own_weights and any(c.weight_version == NO_VERSION for c in completions):
             return None
@@ -199,7 +217,7 @@ class VLLMServers:
         """Each server's log-probs at temperature 1 of token_ids[1:]."""
         params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
         body = {"token_ids": list(token_ids), "sampling_params": params}
-        replies = self.servers.all("/inference/v1/generate", [body] * len(self.servers.urls)).result()
+        replies = self.servers.all(TOKENS_PATH, [body] * len(self.servers.urls)).result()
         return [
             [entry[str(token)]["logprob"] for token, entry in zip(token_ids[1:], reply["prompt_logprobs"][1:], strict=True)]
             for reply in replies
@@ -222,7 +240,7 @@ class VLLMServers:
 
 
 def generate_body(request: Request, sampling: SamplingParams) -> dict[str, Any]:
-    """The JSON of POST /inference/v1/generate."""
+    """The JSON of POST to TOKENS_PATH."""
     params = {
         "n": sampling.n,
         "temperature": sampling.temperature,

@@ -6,27 +6,27 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_r1 import checks, cost, data
+from megatron_r1 import checks, cost, data, evaluation
 from megatron_r1.chat import Chat
-from megatron_r1.config_stages import GRPOConfig, StageConfig
-from megatron_r1.evaluation import evaluate
+from megatron_r1.config_stages import StageConfig
 from megatron_r1.mcore import checkpoint, distributed
 from megatron_r1.mcore.optimizer import Training
 from megatron_r1.mcore.policy import Policy
 from megatron_r1.metrics import Metrics, Record, Stopwatch, progress
-from megatron_r1.mixture import Mixture, load_general
+from megatron_r1.mixture import Mixture
 from megatron_r1.packing import TokenSequence, pack, plan
 from megatron_r1.problem import Problem
 from megatron_r1.rollout.engine import SamplingParams, never
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.vllm_server import VLLMServers
 from megatron_r1.run_folder import DONE, STOP, hold
+from megatron_r1.sample_file import SampleFile
 from megatron_r1.scoring import Scorer
 from megatron_r1.signals import StopRequest
+from megatron_r1.stages.inputs import evaluation_sampling, load_problems, make_scorer
 from megatron_r1.types import Microbatch, Sample
 from megatron_r1.watchdog import Watchdog
 from megatron_r1.weights import shard
@@ -81,8 +81,7 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
         problems, held_out = load_problems(config)
         fleet = make_fleet(config, policy, hf)
         if distributed.is_model_parallel_leader():
-            r = config.rewards
-            scorer = Scorer(r.weights, by_source=r.by_source, workers=r.workers, timeout_seconds=r.timeout_seconds, options=r.options)
+            scorer = make_scorer(config)
     return Parts(folder, lock, policy, chat, metrics, stop, watchdog, fleet, scorer, problems, held_out)
 
 
@@ -92,18 +91,6 @@ def training(config: StageConfig, *, steps: int, train_mtp: bool) -> Training:
     settings = o.model_dump(exclude={"lr_decay_steps"}) | m.model_dump(exclude={"path", "init"})
     decay = o.lr_decay_steps or (None if o.lr_decay_style == "constant" else steps)
     return Training(**settings, lr_decay_steps=decay, train_mtp=train_mtp)
-
-
-def load_problems(config: StageConfig) -> tuple[Mixture, list[Problem]]:
-    """The problems to train on, with their cursor, and those held out."""
-    d, seed = config.data, config.run.seed
-    problems = data.load_problems(**d.problems(), seed=seed)
-    train, held_out = data.split_held_out(problems, d.held_out, seed=seed)
-    reasoning = data.Dataset(train, seed=seed)
-    if not isinstance(config, GRPOConfig) or (g := config.general).jsonl is None:
-        return Mixture(reasoning), held_out
-    general = data.Dataset(load_general(g.jsonl, first_id=len(problems)), seed=seed)
-    return Mixture(reasoning, general, general_count=round(g.share * config.batch.problems), from_step=g.from_step), held_out
 
 
 def make_fleet(config: StageConfig, policy: Policy, hf: dict[str, Any]) -> Fleet:
@@ -159,12 +146,16 @@ def packed(policy: Policy, sequences: list[TokenSequence], *, chunk_tokens: int)
 
 
 def held_out_record(config: StageConfig, parts: Parts) -> Record:
-    """eval/ figures of the policy as it is, and the seconds they took. Collective."""
+    """eval/ figures of the policy as it is, and the seconds they took; the samples go to <run.dir>/eval. Collective; rank 0's."""
     e, watch = config.evaluation, Stopwatch()
-    tokens = e.max_tokens or config.sampling.max_tokens
-    sampling = SamplingParams(max_tokens=tokens, temperature=e.temperature, top_p=e.top_p, n=e.samples, stop_token_ids=(parts.chat.eos_id,))
-    record = evaluate(parts.held_out[: e.problems], partial(roll_out, parts, sampling=sampling, watch=watch))
-    return {**record, "time/evaluation": watch.record()["time/step"]}
+    sampling = evaluation_sampling(config, eos_id=parts.chat.eos_id)
+    samples = roll_out(parts, parts.held_out[: e.problems], sampling, watch=watch)
+    if distributed.rank() != 0:
+        return {}
+    with SampleFile(parts.folder / "eval" / f"step_{parts.policy.step:06d}.jsonl") as file:
+        attempts = [file.write(sample, evaluation.attempt(sample, judges=e.judges)) for sample in samples]
+    rows = evaluation.scores(attempts, k=e.samples, pass_at=e.pass_at, equal=parts.scorer.equal)
+    return {**evaluation.record(rows), "time/evaluation": watch.record()["time/step"]}
 
 
 def is_due(every: int, step: int, previous: int) -> bool:

@@ -33,8 +33,8 @@ from megatron_r1.resumable_jsonl import ResumableJsonl
 from megatron_r1.rollout.chat_servers import ChatServers
 from megatron_r1.rollout.engine import SamplingParams
 from megatron_r1.run_folder import DONE, STOP, hold
-from megatron_r1.scoring import Scorer
 from megatron_r1.signals import StopRequest
+from megatron_r1.stages.inputs import make_scorer
 
 OUTPUT = "conversations.jsonl"  # in the run's folder
 STOP_SECONDS = 1.0  # how often to ask whether to stop
@@ -111,10 +111,9 @@ def make_drawer(config: RejectionConfig, parts: ExitStack) -> Drawer:
     if j.url:
         judge = Judge(servers([j.url], model=j.model, api_key_env=j.api_key_env, in_flight=j.in_flight), j.sources, j.max_tokens, j.tries)
         judge.servers.wait_ready(r.start_timeout_seconds)
-    w = config.rewards
     return Drawer(
         sampler,
-        scorer=parts.enter_context(Scorer(w.weights, workers=w.workers, timeout_seconds=w.timeout_seconds, options=w.options)),
+        scorer=parts.enter_context(make_scorer(config)),
         judge=judge,
         sampling=SamplingParams(max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p),
         samples=config.samples,
