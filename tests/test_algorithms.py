@@ -446,6 +446,9 @@ def test_only_v32s_kl_has_the_gradient_of_the_divergence_on_samples_of_an_older_
     on_policy_V = logits_V.log_softmax(0)
     torch.testing.assert_close(expected_gradient("k2", logits_V, ref_V, on_policy_V), exact_V.grad, atol=1e-12, rtol=1e-12)
     assert expected_gradient("k1", logits_V, ref_V, on_policy_V).abs().max() < 1e-12
+    forward_V = logits_V.clone().requires_grad_()
+    (ref_V.exp() * (ref_V - forward_V.log_softmax(0))).sum().backward()
+    torch.testing.assert_close(expected_gradient("k3", logits_V, ref_V, on_policy_V), forward_V.grad, atol=1e-12, rtol=1e-12)
 
 
 def test_advantages_without_std_are_the_rewards_less_their_mean():

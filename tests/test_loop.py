@@ -189,6 +189,23 @@ def test_a_run_goes_on_at_another_layout_with_the_same_losses(loop, unbroken):
         assert found[step] == (pytest.approx(loss, rel=1e-3, abs=1e-5), pytest.approx(norm, rel=1e-3)), f"{step=}"
 
 
+def test_dapo_with_extra_rollouts_and_a_corrected_sampler_goes_on_bitwise_equal(loop):
+    dapo = ("algorithm.name=dapo", "algorithm.options.correction=tis", "algorithm.options.kl_coefficient=0.1")
+    batch = ("batch.dynamic_sampling=2", "batch.overlong_tokens=8")
+    code, out = loop.run("dapo", *dapo, *batch)
+    assert code == 0, out
+    for steps in ("steps=2", "steps=6"):
+        code, out = loop.run("dapo_resumed", *dapo, *batch, steps)
+        assert code == 0, out
+    assert "resumed at step 2" in out, out
+    assert loop.losses("dapo_resumed") == loop.losses("dapo")
+    rollouts = [r for r in loop.records("dapo") if "rollout/dropped" in r]
+    assert len(rollouts) == 3
+    assert max(r["rollout/dropped"] for r in rollouts) > 0
+    assert all(r["policy/correction_weight"] == pytest.approx(1.0, abs=1e-4) for r in rollouts), "the engines agree"
+    assert all(-1.0 <= r["reward/overlong"] <= 0.0 for r in rollouts)
+
+
 def test_a_server_without_the_right_answers_stops_the_run(loop):
     code, out = loop.run("canary", "rollout.canary_tolerance=1e-12")
     assert code == 2, out

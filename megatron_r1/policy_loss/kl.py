@@ -3,10 +3,11 @@
     k1           -d                    http://joschu.net/blog/kl-approx.html (Schulman, 2020)
     k2           d^2 / 2               the same
     k3           exp(d) - d - 1        the same; R1's (Nature 645, equation 2): not negative, and unbiased in value
-    k3_unbiased  r (exp(d) - d - 1)    DeepSeek-V3.2 (arXiv 2512.02556): unbiased in its gradient too, -r d, whose size
-                                       does not explode where the policy is much below the reference
+    k3_unbiased  r (exp(d) - d - 1)    DeepSeek-V3.2 (arXiv 2512.02556): unbiased in its gradient too, which is -r d and does
+                                       not explode where the policy is far below the reference
 
-As a loss, k1 is a penalty on what was sampled: its gradient, that of log policy, has the mean 0 on policy.
+Their mean gradients on policy: k2 and k3_unbiased the divergence's, k3 that of KL(reference || policy), k1 0. k3_unbiased keeps
+its own on samples of `old`.
 """
 
 from __future__ import annotations
