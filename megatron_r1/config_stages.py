@@ -206,7 +206,7 @@ class PipelineConfig(Section):
 
     dir: str  # each stage's folder is in it
     seed: NonNegative = 1  # of every stage
-    base: str  # the base model's Hugging Face folder
+    base_model: str  # the base model's Hugging Face folder
     student: str = ""  # the model that the distillation trains
     cold_start: str = ""  # the conversations of the first SFT; "" = its config names them
     stages: dict[str, str]  # name of the graph -> its config; those that are not here are left out

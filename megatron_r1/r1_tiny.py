@@ -34,7 +34,7 @@ def r1_tiny(overrides: list[str]) -> int:
         code = run("sft", [str(CONFIGS / "tiny" / "base.toml"), *base])
         if code or not (root / "base" / DONE).exists():
             return code
-    code = run("pipeline", [file, *overrides, f"base={root}/base/hf", f"cold_start={cold_start}"])
+    code = run("pipeline", [file, *overrides, f"base_model={root}/base/hf", f"cold_start={cold_start}"])
     if code == 0:
         print(f"report: {report.write([root])}\ncurves: tensorboard --logdir {root}", flush=True)
     return code

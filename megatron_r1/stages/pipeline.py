@@ -85,7 +85,7 @@ def jobs(config: PipelineConfig) -> list[Job]:
                 raise ValueError(f"{setting}: {name!r} is no stage of R1; use one of {', '.join(NAMES)}")
     begin = NAMES.index(config.first) if config.first else 0
     end = NAMES.index(config.last) + 1 if config.last else len(NAMES)
-    found = [evaluation(config, "base", config.base, measures="Base")] if config.evaluation and not begin else []
+    found = [evaluation(config, "base", config.base_model, measures="Base")] if config.evaluation and not begin else []
     for stage in GRAPH[begin:end]:
         if stage.name in config.stages:
             found += of_stage(config, stage)
@@ -95,7 +95,7 @@ def jobs(config: PipelineConfig) -> list[Job]:
 def of_stage(config: PipelineConfig, stage: Stage) -> Iterator[Job]:
     """The stage's run, with the edges of the graph as overrides, and the evaluation of what it makes."""
     root = Path(config.dir)
-    given = {"base": config.base, "student": config.student, "cold_start": config.cold_start}
+    given = {"base": config.base_model, "student": config.student, "cold_start": config.cold_start}
     for source in (stage.model, stage.conversations):
         if source in NAMES and source not in config.stages and not (root / source / DONE).exists():
             raise ValueError(f"stages.{stage.name}: begins from {source}, which is not among [stages] and not done in {root}; add it")
