@@ -11,12 +11,14 @@ from urllib.parse import urlparse
 
 from megatron_r1 import models, parallel, plugins
 from megatron_r1.config_stages import GRPOConfig, SFTConfig, StageConfig
+from megatron_r1.models import kernels
 
 
 def check(config: StageConfig) -> None:
     """Raise ValueError with one line for the first thing that cannot work."""
     hf = check_model(config)
     check_layout(config, hf)
+    check_kernels(config, hf)
     check_data(config)
     check_rollout(config, hf)
     check_run_folder(config)
@@ -63,6 +65,16 @@ def layout(config: StageConfig) -> parallel.Parallel:
 def check_layout(config: StageConfig, hf: dict[str, Any]) -> None:
     """Parallel sizes against the model's shapes and the number of ranks."""
     parallel.check(layout(config), config.parallel.world_size, hf)
+
+
+def check_kernels(config: StageConfig, hf: dict[str, Any]) -> None:
+    """What is asked of the GPU, Transformer Engine and their companions is here and goes together."""
+    m = config.model
+    trains_mtp = isinstance(config, SFTConfig) and m.mtp_loss_scale > 0
+    settings = kernels.Kernels(**config.kernels.model_dump())
+    kernels.check(settings, hf, layout(config), dtype=m.dtype, recompute=m.recompute, train_mtp=trains_mtp, has_gpu=has_gpu())
+    o = config.optimizer
+    kernels.check_optimizer(moments_dtype=o.moments_dtype, offload_fraction=o.offload_fraction, dtype=m.dtype, has_gpu=has_gpu())
 
 
 def data_parallel_size(config: StageConfig) -> int:

@@ -11,6 +11,7 @@ from megatron_r1.config_types import (
     Count,
     Data,
     Evaluation,
+    Kernels,
     Layout,
     Logging,
     Model,
@@ -29,6 +30,7 @@ class StageConfig(Section):
 
     run: Run = Run()
     model: Model
+    kernels: Kernels = Kernels()
     parallel: Layout = Layout()
     optimizer: Optimizer = Optimizer()
     data: Data = Data()

@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 
 from megatron_r1.mcore import cpu, reduction
 from megatron_r1.mcore.logprobs import token_logprobs
@@ -55,6 +56,7 @@ class Policy:
             train_mtp=training.train_mtp,
             mtp_loss_scale=training.mtp_loss_scale,
             router_bias_update_rate=training.router_bias_update_rate,
+            kernels=training.kernels,
         )
         self.chunks = wrap(chunks)
         self.optimizer, self.scheduler = make_optimizer(self.chunks, training)
@@ -78,8 +80,9 @@ class Policy:
 
     @property
     def token_multiple(self) -> int:
-        """What the T of every microbatch must be a multiple of: sequence parallelism divides it."""
-        return self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+        """What the T of every microbatch must be a multiple of: sequence parallelism divides it, FP8 takes it in blocks."""
+        divided = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+        return divided * self.training.kernels.token_multiple
 
     @property
     def count_multiple(self) -> int:
@@ -172,12 +175,21 @@ class Policy:
             self.config.finalize_model_grads_func = None  # a cycle through backward hooks is never collected
 
     def _forward(
-        self, inputs: Iterator[tuple[Microbatch, PackedSeqParams]], model: torch.nn.Module, *, finish: Finish, labels: bool
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]]:
-        """Megatron's forward step: one chunk's output for one microbatch, and what turns the last one's into the loss."""
+        self,
+        inputs: Iterator[tuple[Microbatch, PackedSeqParams]],
+        model: torch.nn.Module,
+        return_schedule_plan: bool = False,
+        *,
+        finish: Finish,
+        labels: bool,
+    ) -> tuple[Any, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]]:
+        """Megatron's forward step: one chunk's output for one microbatch, and what turns the last one's into the loss.
+
+        Where expert communication is overlapped Megatron asks for the plan of that forward instead, and runs it itself.
+        """
         microbatch, packed = next(inputs)
         targets = {"labels": microbatch.labels_T[None], "loss_mask": microbatch.loss_mask_T[None]} if labels else {}
-        output = model(
+        output = (unwrap_model(model).build_schedule_plan if return_schedule_plan else model)(
             input_ids=microbatch.tokens_T[None],
             position_ids=microbatch.positions_T[None],
             attention_mask=None,

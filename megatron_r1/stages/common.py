@@ -17,6 +17,7 @@ from megatron_r1.mcore import checkpoint, distributed
 from megatron_r1.mcore.optimizer import Training
 from megatron_r1.mcore.policy import Policy
 from megatron_r1.metrics import Metrics, Record, Stopwatch, progress
+from megatron_r1.models.kernels import Kernels
 from megatron_r1.packing import TokenSequence, pack, plan
 from megatron_r1.problem import Problem
 from megatron_r1.rollout.engine import SamplingParams, never
@@ -96,7 +97,7 @@ def training(config: StageConfig, *, steps: int, train_mtp: bool) -> Training:
     o, m = config.optimizer, config.model
     settings = o.model_dump(exclude={"lr_decay_steps"}) | m.model_dump(exclude={"path", "init"})
     decay = o.lr_decay_steps or (None if o.lr_decay_style == "constant" else steps)
-    return Training(**settings, lr_decay_steps=decay, train_mtp=train_mtp)
+    return Training(**settings, lr_decay_steps=decay, train_mtp=train_mtp, kernels=Kernels(**config.kernels.model_dump()))
 
 
 def load_problems(config: StageConfig) -> tuple[data.Dataset[Problem], list[Problem]]:
