@@ -77,6 +77,7 @@ OVERRIDES = {
     "algorithm.options.ratio=word": ("algorithm.options", "ratio"),
     "rewards.weights.acuracy=1.0": ("acuracy", "did you mean 'accuracy'"),
     "rewards.weights.accuracy=high": ("rewards.weights.accuracy", "high", "number"),
+    "rollout.quantization=fp8": ("rollout.quantization", "GPU"),
     "rollout.weight_transfer=nccl": ("rollout.weight_transfer", "nccl", "gloo"),
     'rollout.urls=["localhost:8000"]': ("rollout.urls", "http://"),
     "data.jsonl=/nowhere.jsonl": ("data", "exactly one of"),

@@ -20,6 +20,7 @@ from megatron_r1.rollout import wire
 from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, SamplingParams, never
 from megatron_r1.rollout.servers import NotReady, ServerDown, Servers
 from megatron_r1.rollout.weight_transfer import make_sender
+from megatron_r1.weights import fp8
 
 BUCKET_BYTES = 256 << 20
 STOP_SECONDS = 1.0  # how often to ask whether to stop
@@ -32,7 +33,8 @@ class VLLMServers:
 
     `rank` is the trainer's: every rank may call `update_weights`, and rank 0 sends (with ipc all do). `own_weights` lets servers
     sample before the first update, with the weights they loaded themselves. `pause` says what becomes of requests that run while
-    an update begins: "wait" for them, or "keep" them and go on with the new weights.
+    an update begins: "wait" for them, or "keep" them and go on with the new weights. `quantization` is that of the servers' model:
+    for "fp8" the weights are quantised as they are sent.
     """
 
     def __init__(
@@ -46,13 +48,14 @@ class VLLMServers:
         start_limit_seconds: float = 300.0,
         pause: Literal["wait", "keep"] = "wait",
         own_weights: bool = False,
+        quantization: Literal["none", "fp8"] = "none",
         transfer_folder: Path | None = None,
     ) -> None:
         self.servers = Servers(urls, limit_seconds=request_limit_seconds)
         sends = rank == 0 or weight_transfer == "ipc"  # whose workers read the memory of every rank
         self.sender = make_sender(weight_transfer, self.servers, rank=rank, folder=transfer_folder) if sends else None
         self.rank, self.max_num_seqs, self.start_limit_seconds = rank, max_num_seqs, start_limit_seconds
-        self.pause, self.own_weights = pause, own_weights
+        self.pause, self.own_weights, self.quantization = pause, own_weights, quantization
         self.bucket_bytes = BUCKET_BYTES
         self.version: int | None = None  # what this client last sent
         self.lost: list[str] = []  # servers that did not come back in time, as when their node is gone
@@ -157,7 +160,7 @@ class VLLMServers:
         self.version = version
 
     def _send(self, weights: Iterable[wire.Named]) -> None:
-        for bucket in wire.buckets(weights, self.bucket_bytes):
+        for bucket in wire.buckets(fp8.stream(weights) if self.quantization == "fp8" else weights, self.bucket_bytes):
             self.sender.send(bucket)
 
     def _reconnect(self) -> None:

@@ -117,6 +117,7 @@ def make_fleet(config: StageConfig, policy: Policy, hf: dict[str, Any]) -> Fleet
     engine = VLLMServers(
         r.urls,
         weight_transfer=r.weight_transfer,
+        quantization=r.quantization,
         rank=distributed.rank(),
         max_num_seqs=r.max_num_seqs,
         request_limit_seconds=r.request_timeout_seconds,
