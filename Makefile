@@ -1,5 +1,5 @@
 # Two commands: `make demo` (an R1 in miniature, on a CPU) and `make test` (every test). Each sets up all it needs first.
-.PHONY: demo test bench clean
+.PHONY: demo test bench gpu-check clean
 
 READY := .venv/.ready
 
@@ -15,6 +15,10 @@ test: $(READY)
 
 bench: $(READY)
 	@.venv/bin/python -m benchmarks.step $(ARGS)
+
+# On a machine with a GPU, with the interpreter that has the GPU set: make gpu-check PYTHON=/path/to/python
+gpu-check:
+	@$(or $(PYTHON),python3) tools/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info

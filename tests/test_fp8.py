@@ -146,8 +146,8 @@ def test_a_sync_of_fp8_rollouts_sends_the_bytes_that_the_converter_writes(tmp_pa
     target = tmp_path / "fp8"
     conversion.run(fp8_cast(tmp_path, to="fp8"), target, workers=1, resume=False, overwrite=False)
 
-    engine = VLLMServers(["http://127.0.0.1:9"], quantization="fp8", weight_transfer="file", transfer_folder=tmp_path)
-    engine.sender, engine.bucket_bytes = receiver, _ = Receiver(), 1 << 16
+    engine, receiver = VLLMServers(["http://127.0.0.1:9"], weight_transfer="file", transfer_folder=tmp_path), Receiver()
+    engine.sender, engine.quantization, engine.bucket_bytes = receiver, "fp8", 1 << 16
     engine._send(weights.items())
     engine.close()
     expected = load_file(target / "model.safetensors")

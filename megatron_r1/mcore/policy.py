@@ -32,7 +32,7 @@ from megatron_r1.models.build import build
 from megatron_r1.parallel import Parallel
 from megatron_r1.types import LossOutput, Microbatch
 from megatron_r1.weights import shard
-from megatron_r1.weights.hf import SafetensorsReader
+from megatron_r1.weights.hf import Reader, SafetensorsReader
 from megatron_r1.weights.random import RandomWeights
 
 Loss = Callable[[torch.Tensor, torch.Tensor, Microbatch], LossOutput]
@@ -91,13 +91,14 @@ class Policy:
 
     def load_hf(self, folder: str | Path) -> None:
         """Take the weights of a Hugging Face folder. Raises ValueError where they do not fit the model."""
-        self._load(SafetensorsReader(folder))
+        self.load(SafetensorsReader(folder))
 
     def init_random(self) -> None:
         """Take random weights, the same for a seed in every layout."""
-        self._load(RandomWeights(self.hf, seed=self.seed))
+        self.load(RandomWeights(self.hf, seed=self.seed))
 
-    def _load(self, reader: SafetensorsReader | RandomWeights) -> None:
+    def load(self, reader: Reader) -> None:
+        """Take the weights of any reader of Hugging Face names."""
         shard.load(self.chunks, reader, self.hf)
         self.optimizer.reload_model_params()  # the optimizer's float32 copies
 

@@ -33,8 +33,7 @@ class VLLMServers:
 
     `rank` is the trainer's: every rank may call `update_weights`, and rank 0 sends (with ipc all do). `own_weights` lets servers
     sample before the first update, with the weights they loaded themselves. `pause` says what becomes of requests that run while
-    an update begins: "wait" for them, or "keep" them and go on with the new weights. `quantization` is that of the servers' model:
-    for "fp8" the weights are quantised as they are sent.
+    an update begins: "wait" for them, or "keep" them and go on with the new weights.
     """
 
     def __init__(
@@ -48,14 +47,14 @@ class VLLMServers:
         start_limit_seconds: float = 300.0,
         pause: Literal["wait", "keep"] = "wait",
         own_weights: bool = False,
-        quantization: Literal["none", "fp8"] = "none",
         transfer_folder: Path | None = None,
     ) -> None:
         self.servers = Servers(urls, limit_seconds=request_limit_seconds)
         sends = rank == 0 or weight_transfer == "ipc"  # whose workers read the memory of every rank
         self.sender = make_sender(weight_transfer, self.servers, rank=rank, folder=transfer_folder) if sends else None
         self.rank, self.max_num_seqs, self.start_limit_seconds = rank, max_num_seqs, start_limit_seconds
-        self.pause, self.own_weights, self.quantization = pause, own_weights, quantization
+        self.pause, self.own_weights = pause, own_weights
+        self.quantization: Literal["none", "fp8"] = "none"  # of the servers' model; for "fp8" weights are quantised as they are sent
         self.bucket_bytes = BUCKET_BYTES
         self.version: int | None = None  # what this client last sent
         self.lost: list[str] = []  # servers that did not come back in time, as when their node is gone

@@ -117,13 +117,13 @@ def make_fleet(config: StageConfig, policy: Policy, hf: dict[str, Any]) -> Fleet
     engine = VLLMServers(
         r.urls,
         weight_transfer=r.weight_transfer,
-        quantization=r.quantization,
         rank=distributed.rank(),
         max_num_seqs=r.max_num_seqs,
         request_limit_seconds=r.request_timeout_seconds,
         start_limit_seconds=r.start_timeout_seconds,
         transfer_folder=Path(config.run.dir) / "transfer",
     )
+    engine.quantization = r.quantization
     ids = [(7919 * i + 17) % hf["vocab_size"] for i in range(CANARY_TOKENS)]
     [canary] = pack([TokenSequence(ids=ids, learned=[1] * len(ids))], [[0]], multiple=policy.token_multiple)
     return Fleet(engine, policy, canary=canary, tolerance=r.canary_tolerance, seed=config.run.seed)
