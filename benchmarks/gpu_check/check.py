@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -73,7 +74,7 @@ def run(section: str, *, limit: float) -> list[Row]:
     try:
         output, errors = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        process.terminate()  # rollout's servers end with it
+        os.killpg(process.pid, signal.SIGTERM)  # a run of rollout ends its own servers
         output, errors = process.communicate()
         return [*collect(output), Row(section, "the rest", None, note=f"not done within {limit:.0f} s")]
     rows = collect(output)
