@@ -113,6 +113,9 @@ def check_rollout(config: StageConfig, hf: dict[str, Any]) -> None:
         )
     if r.weight_transfer in ("nccl", "ipc") and not has_gpu():
         raise ValueError(f'rollout.weight_transfer = {r.weight_transfer!r}: needs a GPU, and there is none; set "gloo" or "file"')
+    if r.placement == "colocated" and has_gpu() and r.weight_transfer != "ipc":
+        fix = f'set rollout.weight_transfer = "ipc", not "{r.weight_transfer}"'
+        raise ValueError(f'rollout.placement = "colocated": servers read weights where the trainer has them; {fix}')
     if r.quantization == "fp8" and not has_gpu():
         raise ValueError('rollout.quantization = "fp8": needs a GPU, for vLLM has no FP8 kernels for this CPU; set "none"')
     for url in r.urls:

@@ -17,7 +17,7 @@ from types import FrameType
 from megatron_r1.config import dump
 from megatron_r1.config_stages import StageConfig
 from megatron_r1.config_types import Rollout
-from megatron_r1.rollout.server_process import ServerProcess, die_with_parent, model_flags, server_command
+from megatron_r1.rollout.server_process import ServerProcess, die_with_parent, model_flags, placement_flags, server_command
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 60.0  # a rank asked to stop saves a checkpoint first
@@ -51,7 +51,7 @@ class Servers:
     def __init__(self, config: StageConfig, logs: Path) -> None:
         r, s = config.rollout, config.sampling
         longest = max([s.max_tokens, *(tokens for _, tokens in s.max_tokens_schedule)])
-        flags = model_flags(quantization=r.quantization, head_dtype=config.kernels.head_dtype)
+        flags = model_flags(quantization=r.quantization, head_dtype=config.kernels.head_dtype) + placement_flags(r.placement)
         self.max_restarts = r.max_restarts
         self.restarts = 0
         self.processes: list[ServerProcess] = []

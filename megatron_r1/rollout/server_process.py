@@ -94,6 +94,11 @@ def server_command(
     return [sys.executable, "-m", "megatron_r1.rollout.vllm_serve", model_folder, *pairs, *switches, *extra], env
 
 
+def placement_flags(placement: str) -> list[str]:
+    """Flags by which a server can give its memory back; the CPU build takes /sleep as it is, and keeps its memory."""
+    return ["--enable-sleep-mode"] if placement == "colocated" and not is_cpu_build() else []
+
+
 def model_flags(*, quantization: str, head_dtype: str) -> list[str]:
     """Flags by which a server computes what the trainer sends and as the trainer does: what config.json, the trainer's, does not say."""
     overrides: dict[str, object] = {}

@@ -9,6 +9,7 @@ EngineLost names the requests to generate again after that.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import queue
 from collections import deque
@@ -196,6 +197,25 @@ class VLLMServers:
                 raise
             self.lost += error.missing
             print(f"going on with {len(self.servers.urls)} servers: {error}", flush=True)
+
+    def sleep(self) -> None:
+        self._wait()
+        self._tell("/sleep?level=2")
+
+    def wake(self, tag: str) -> None:
+        self._tell(f"/wake_up?tags={tag}")
+
+    def _tell(self, path: str) -> None:
+        """Call the servers that are there: one that died has no memory to give or to get, and starts awake."""
+
+        async def tell(url: str) -> None:
+            with contextlib.suppress(ServerDown):
+                await self.servers.call(url, path)
+
+        async def every() -> None:
+            await asyncio.gather(*map(tell, self.servers.urls))
+
+        self.servers.submit(every()).result()
 
     def logprobs_of(self, token_ids: Sequence[int]) -> list[list[float]]:
         """Each server's log-probs at temperature 1 of token_ids[1:]."""

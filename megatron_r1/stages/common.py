@@ -14,6 +14,7 @@ from megatron_r1.chat import Chat
 from megatron_r1.config_stages import StageConfig
 from megatron_r1.evaluation import evaluate
 from megatron_r1.mcore import checkpoint, distributed
+from megatron_r1.mcore.offload import Offload
 from megatron_r1.mcore.optimizer import Training
 from megatron_r1.mcore.policy import Policy
 from megatron_r1.metrics import Metrics, Record, Stopwatch, progress
@@ -22,6 +23,7 @@ from megatron_r1.packing import TokenSequence, pack, plan
 from megatron_r1.problem import Problem
 from megatron_r1.rollout.engine import SamplingParams, never
 from megatron_r1.rollout.fleet import Fleet
+from megatron_r1.rollout.placement import Colocated, Dedicated
 from megatron_r1.rollout.vllm_server import VLLMServers
 from megatron_r1.scoring import Scorer
 from megatron_r1.signals import StopRequest
@@ -126,7 +128,8 @@ def make_fleet(config: StageConfig, policy: Policy, hf: dict[str, Any]) -> Fleet
     engine.quantization = r.quantization
     ids = [(7919 * i + 17) % hf["vocab_size"] for i in range(CANARY_TOKENS)]
     [canary] = pack([TokenSequence(ids=ids, learned=[1] * len(ids))], [[0]], multiple=policy.token_multiple)
-    return Fleet(engine, policy, canary=canary, tolerance=r.canary_tolerance, seed=config.run.seed)
+    placement = Colocated(engine, Offload(policy.chunks, policy.optimizer)) if r.placement == "colocated" else Dedicated()
+    return Fleet(engine, policy, canary=canary, tolerance=r.canary_tolerance, seed=config.run.seed, placement=placement)
 
 
 def roll_out(
