@@ -129,3 +129,28 @@ def test_the_loss_curves_start_from_the_same_weights_and_learn():
     assert bf16.note == low.note, "the stand-in computes FP8 in bf16: the first loss is the same"
     assert difference.value < 2e-3
     assert bf16.value < float(bf16.note.split()[1].rstrip(",")), "it falls"
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_the_rollouts_config_is_one_that_the_program_reads(quantization, tmp_path):
+    from benchmarks.gpu_check import rollout
+    from megatron_r1 import checks
+    from megatron_r1.config import load
+
+    folder = rollout.model_folder(tmp_path / "model")
+    (tmp_path / "grpo.toml").write_text(rollout.GRPO.format(model=folder, kernels='transformer_impl = "local"', quantization=quantization))
+    config = load("grpo", tmp_path / "grpo.toml")
+    assert (config.rollout.quantization, config.kernels.transformer_impl) == (quantization, "local")
+    checks.check_layout(config, checks.check_model(config))
+    checks.check_batch(config)
+
+
+def test_the_bytes_of_a_sync_are_those_of_its_tensors():
+    from benchmarks.gpu_check.rollout import bytes_sent
+
+    hf = models.served()
+    expert = 3 * hf["hidden_size"] * hf["moe_intermediate_size"]
+    experts = 5 * (hf["n_routed_experts"] + hf["n_shared_experts"]) * expert
+    bf16, low = bytes_sent("none"), bytes_sent("fp8")
+    assert 2 * experts < bf16 < 2.5 * experts, "experts are the most of it"
+    assert low == pytest.approx(bf16 / 2, rel=0.01), "all but embedding, head, norms and router is halved"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from megatron_r1.models.kernels import is_installed
 from megatron_r1.weights import fp8
 from megatron_r1.weights.rules import rules
 
+RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GRPO = """
 steps = 6
 reference_refresh_steps = 0
@@ -74,7 +76,8 @@ def one_run(root: Path, quantization: str) -> list[dict[str, Any]]:
     file = root / f"{quantization}.toml"
     file.write_text(GRPO.format(model=root / "model", kernels=kernels, quantization=quantization))
     argv = [sys.executable, "-m", "megatron_r1", "grpo", str(file), f"run.dir={root / quantization}"]
-    done = subprocess.run(argv, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if name not in RANK}  # or the program takes itself for a rank
+    done = subprocess.run(argv, env=environment, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         raise RuntimeError(lines[-1])
