@@ -1,6 +1,6 @@
 # Two commands: `make demo` (an R1 in miniature, on a CPU) and `make test` (every test). Each sets up all it needs first.
 # `make r1-tiny`: every stage of the paper in miniature, about half an hour.
-.PHONY: demo r1-tiny test bench clean
+.PHONY: demo r1-tiny test bench gpu-check clean
 
 READY := .venv/.ready
 
@@ -19,6 +19,10 @@ test: $(READY)
 
 bench: $(READY)
 	@.venv/bin/python -m benchmarks.step $(ARGS)
+
+# On a machine with a GPU, with the interpreter that has the GPU set: make gpu-check PYTHON=/path/to/python
+gpu-check:
+	@$(or $(PYTHON),python3) tools/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -64,15 +64,17 @@ def microbatches(seed: int) -> list[Any]:
     return pack(made, chunks[distributed.dp_rank()])
 
 
-def bare_step(chunks: list[Any], optimizer: Any, batches: list[Any]) -> None:
-    """One optimizer step with nothing of ours but the model: Megatron's schedule and a cross entropy."""
+def forward_backward(chunks: list[Any], batches: list[Any]) -> None:
+    """Gradients with nothing of ours but the model: Megatron's schedule and a cross entropy."""
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+    from megatron_r1.mcore.policy import on_device
+
     def forward_step(iterator: Any, model: Any) -> tuple[Any, Callable[[Any], Any]]:
         batch = next(iterator)
-        bounds, longest = batch.cu_seqlens, TOKENS
+        bounds, longest = batch.cu_seqlens, longest_of[id(batch)]
         packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
         logits = model(batch.tokens_T[None], batch.positions_T[None], None, packed_seq_params=packed)
         return logits, partial(cross_entropy, batch)
@@ -83,16 +85,23 @@ def bare_step(chunks: list[Any], optimizer: Any, batches: list[Any]) -> None:
 
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    optimizer.zero_grad()
+    inputs = [on_device(batch) for batch in batches]
+    longest_of = {id(there): int(here.cu_seqlens.diff().max()) for there, here in zip(inputs, batches, strict=True)}
     get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
+        data_iterator=iter(inputs),
         model=chunks,
         num_microbatches=len(batches),
         seq_length=batches[0].tokens_T.numel(),
         micro_batch_size=1,
         forward_only=False,
     )
+
+
+def bare_step(chunks: list[Any], optimizer: Any, batches: list[Any]) -> None:
+    """One optimizer step like that."""
+    optimizer.zero_grad()
+    forward_backward(chunks, batches)
     optimizer.step()
 
 

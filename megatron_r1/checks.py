@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 
 from megatron_r1 import chat_templates, models, parallel, plugins, scoring
 from megatron_r1.config_stages import EvalConfig, GRPOConfig, RejectionConfig, RewardModelConfig, SFTConfig, StageConfig
+from megatron_r1.models import kernels
 
 
 def check(config: StageConfig) -> None:
@@ -23,6 +24,7 @@ def check(config: StageConfig) -> None:
     chat_templates.chat_template(config.chat_template)
     if not config.serves_own_weights:
         check_layout(config, hf)
+        check_kernels(config, hf)
     check_data(config)
     check_rollout(config, hf)
     check_run_folder(config)
@@ -75,6 +77,16 @@ def check_layout(config: StageConfig, hf: dict[str, Any]) -> None:
     parallel.check(layout(config), config.parallel.world_size, hf)
 
 
+def check_kernels(config: StageConfig, hf: dict[str, Any]) -> None:
+    """What is asked of the GPU, Transformer Engine and their companions is here and goes together."""
+    m = config.model
+    trains_mtp = isinstance(config, SFTConfig) and m.mtp_loss_scale > 0
+    settings = kernels.Kernels(**config.kernels.model_dump())
+    kernels.check(settings, hf, layout(config), dtype=m.dtype, recompute=m.recompute, train_mtp=trains_mtp, has_gpu=has_gpu())
+    o = config.optimizer
+    kernels.check_optimizer(moments_dtype=o.moments_dtype, offload_fraction=o.offload_fraction, dtype=m.dtype, has_gpu=has_gpu())
+
+
 def data_parallel_size(config: StageConfig) -> int:
     """Ranks that train on different data."""
     p = config.parallel
@@ -115,6 +127,11 @@ def check_rollout(config: StageConfig, hf: dict[str, Any]) -> None:
         )
     if r.weight_transfer in ("nccl", "ipc") and not has_gpu():
         raise ValueError(f'rollout.weight_transfer = {r.weight_transfer!r}: needs a GPU, and there is none; set "gloo" or "file"')
+    if r.placement == "colocated" and has_gpu() and r.weight_transfer != "ipc":
+        fix = f'set rollout.weight_transfer = "ipc", not "{r.weight_transfer}"'
+        raise ValueError(f'rollout.placement = "colocated": servers read weights where the trainer has them; {fix}')
+    if r.quantization == "fp8" and not has_gpu():
+        raise ValueError('rollout.quantization = "fp8": needs a GPU, for vLLM has no FP8 kernels for this CPU; set "none"')
     for url in r.urls:
         check_url(url, setting="rollout.urls")
     if config.needs_rollouts and not r.urls and importlib.util.find_spec("vllm") is None:

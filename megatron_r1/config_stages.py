@@ -17,6 +17,7 @@ from megatron_r1.config_types import (
     Filters,
     General,
     Judge,
+    Kernels,
     Layout,
     Logging,
     Model,
@@ -37,6 +38,7 @@ class StageConfig(Section):
 
     run: Run = Run()
     model: Model
+    kernels: Kernels = Kernels()
     parallel: Layout = Layout()
     optimizer: Optimizer = Optimizer()
     data: Data = Data()

@@ -32,7 +32,19 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     mtp_loss_scale: Annotated[float, Field(ge=0.0)] = 0.1  # lambda of V3 2.2; SFT only, RL leaves the MTP layer alone
     router_bias_update_rate: Annotated[float, Field(ge=0.0)] = 0.0  # 0 = "freeze", the RL default; V3 trained with 1e-3
-    recompute: Literal["none", "selective", "full"] = "none"  # activation recompute, Megatron's granularity
+    recompute: Literal["none", "selective", "full"] = "none"  # activation recompute; of "selective": kernels.recompute_modules
+
+
+class Kernels(Section):
+    """How the model is computed on a GPU; what each setting needs is said at start. The defaults are right on a CPU."""
+
+    transformer_impl: Literal["transformer_engine", "local"] | None = None  # default: Transformer Engine's layers on a GPU
+    fp8: Literal["none", "blockwise", "tensorwise", "delayed", "mxfp8"] = "none"  # "blockwise" is V3's
+    dispatcher: Literal["alltoall", "deepep", "hybridep"] = "alltoall"  # of tokens to experts
+    overlap_moe_expert_parallel_comm: bool = False  # one microbatch's dispatch beside another one's computation
+    rope_fusion: bool = True  # with Transformer Engine's layers
+    head_dtype: Literal["model", "float32"] = "model"  # of the output layer's product, in trainer and servers
+    recompute_modules: list[Literal["layernorm", "mla_up_proj", "moe_act", "mlp", "moe", "core_attn", "shared_experts"]] = []  # [] = V3's
 
 
 class Layout(Section):
@@ -60,6 +72,8 @@ class Optimizer(Section):
     adam_beta2: Share = 0.95
     adam_eps: Positive = 1e-8
     clip_grad: Annotated[float, Field(ge=0.0)] = 1.0  # 0 = off
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's two; V3's are bfloat16. Needs Transformer Engine
+    offload_fraction: Share = 0.0  # of the optimizer's state and step, to host memory. Needs Transformer Engine
 
 
 class Data(Section):
@@ -104,6 +118,8 @@ class Rollout(Section):
     head: str = ""  # the first of them, which alone answers requests
     vllm_args: list[str] = []  # further flags of `vllm serve`, as ["--enable-expert-parallel"]
     weight_transfer: Literal["gloo", "nccl", "ipc", "file"] = "gloo"
+    placement: Literal["dedicated", "colocated"] = "dedicated"  # servers on GPUs of their own, or on the trainer's in turns (R1's way)
+    quantization: Literal["none", "fp8"] = "none"  # of the servers' weights; "fp8": blocks of 128 x 128, made by the trainer at each sync
     canary_tolerance: Positive = 1e-4  # max abs log-prob difference of server and trainer; fp32 measures 3e-6
     max_num_seqs: Count = 256  # concurrent sequences a server
     max_prompt_tokens: Count = 2048  # longest prompt a server must take beside sampling.max_tokens

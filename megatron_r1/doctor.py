@@ -23,6 +23,15 @@ PACKAGES: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
+ENGINE_PARTS = (("transformer-engine-torch",), ("transformer-engine",))
+COMPANIONS = (
+    ("DeepEP", "deep_ep", 'kernels.dispatcher = "deepep"; github.com/deepseek-ai/DeepEP'),
+    ("HybridEP", "deep_ep.hybrid_ep_buffer", 'kernels.dispatcher = "hybridep"; DeepEP\'s branch hybrid-ep'),
+    ("flash-attn", "flash_attn", "another attention for Transformer Engine to choose from"),
+    ("apex kernels", "fused_weight_gradient_mlp_cuda", "gradients summed where they are made; apex with --cuda_ext"),
+)
+
+
 def version(names: tuple[str, ...]) -> str | None:
     """The version of the first of these distributions that is installed."""
     for name in names:
@@ -31,6 +40,36 @@ def version(names: tuple[str, ...]) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def transformer_engine() -> str | None:
+    """What keeps an installed Transformer Engine from being found or used; None where nothing does or nothing of it is there.
+
+    It comes in three: a core with the kernels (one for each CUDA), the part that is built for one torch, and a name that holds them
+    together, which Megatron-Core asks for.
+    """
+    core, torch_part, name = (version(names) for names in (("transformer-engine-cu13", "transformer-engine-cu12"), *ENGINE_PARTS))
+    if not (core or torch_part or name):
+        return None
+    if core is None:
+        return "without its kernels: pip install --no-deps transformer-engine-cu13 (CUDA 13) or transformer-engine-cu12"
+    if torch_part is None:
+        return "without its part for torch, which is built with nvcc: tools/wheels.sh collect, or pip install 'transformer-engine[pytorch]'"
+    if name is None:
+        return f"without the package that names it: pip install --no-deps transformer-engine=={core.split()[0]}"
+    if len({part.split()[0] for part in (core, torch_part, name)}) > 1:
+        return f"of several versions: {core}, {torch_part}, {name}; install one"
+    return None
+
+
+def companions() -> dict[str, str]:
+    """What speeds up a GPU where it is there, and what each is for."""
+    found = {}
+    for label, module, use in COMPANIONS:
+        package = module.partition(".")[0]
+        there = importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
+        found[label] = "found" if there else f"not installed (optional: {use})"
+    return found
 
 
 def apex() -> str:
@@ -70,6 +109,10 @@ def doctor(arguments: list[str]) -> int:
     print(f"{'bubblewrap':<20} {bubblewrap()}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     print(f"{'devices':<20} {', '.join(gpus) if gpus else 'no GPU: Megatron-Core on gloo and vLLM on the CPU'}")
+    if broken := transformer_engine():
+        print(f"transformer-engine is here {broken}")
+    for label, state in companions().items() if gpus else ():
+        print(f"{label:<20} {state}")
     if gpus and version(("transformer-engine", "transformer-engine-cu13")) is None:
         print("a GPU without transformer-engine: FP8 and fused kernels are off; pip install 'transformer-engine[pytorch]'")
     return int(required_missing)

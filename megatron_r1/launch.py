@@ -18,7 +18,7 @@ from megatron_r1.chat_templates import server_flags
 from megatron_r1.config import dump
 from megatron_r1.config_stages import RejectionConfig, StageConfig
 from megatron_r1.config_types import Rollout
-from megatron_r1.rollout.server_process import ServerProcess, die_with_parent, server_command
+from megatron_r1.rollout.server_process import ServerProcess, die_with_parent, model_flags, placement_flags, server_command
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 60.0  # a rank asked to stop saves a checkpoint first
@@ -60,6 +60,7 @@ class Servers:
     def __init__(self, config: StageConfig, logs: Path) -> None:
         r, s = config.rollout, config.sampling
         longest = max([s.max_tokens, *(tokens for _, tokens in s.max_tokens_schedule)])
+        flags = model_flags(quantization=r.quantization, head_dtype=config.kernels.head_dtype) + placement_flags(r.placement)
         self.max_restarts = r.max_restarts
         self.restarts = 0
         self.processes: list[ServerProcess] = []
@@ -74,7 +75,7 @@ class Servers:
                 kv_cache_bytes=r.kv_cache_mib << 20,
                 tensor_parallel_size=r.tensor_parallel_size,
                 weight_transfer=r.weight_transfer,
-                extra=["--host", r.host, *spanning(r), *own_weights(config), *r.vllm_args],
+                extra=["--host", r.host, *spanning(r), *flags, *own_weights(config), *r.vllm_args],
             )
             env |= devices(i, servers=r.servers)
             self.processes.append(ServerProcess(argv, env, host=r.host, port=port, log_file=logs / f"server{i}.log"))

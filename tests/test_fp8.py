@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from megatron_r1.weights import fp8
+from megatron_r1.rollout import server_process, wire
+from megatron_r1.rollout.vllm_server import VLLMServers
+from megatron_r1.weights import conversion, fp8
+from megatron_r1.weights.plans import fp8_cast
+from megatron_r1.weights.rules import rules
 
 SHAPES = [(576, 300), (128, 128), (130, 7), (1, 1), (256, 1024), (127, 129)]
 
@@ -101,3 +109,64 @@ def test_a_block_of_zeros_stays_zeros():
     found, scale = fp8.quantize(torch.zeros(128, 128).bfloat16())
     assert not found.float().any()
     assert (fp8.dequantize(found, scale) == 0).all()
+
+
+TINY_V3 = json.loads((Path(__file__).resolve().parents[1] / "configs/models/tiny_v3/config.json").read_text())
+
+
+def bf16_weights() -> dict[str, torch.Tensor]:
+    """Every tensor of tiny_v3, MTP's too; the router's bias is float32."""
+    torch.manual_seed(0)
+    shapes = {source.name: source.shape for rule in rules(TINY_V3) for source in rule.hf}
+    made = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    return {name: t.float() if "e_score" in name else t for name, t in made.items()}
+
+
+class Receiver:
+    """Takes what a sender sends by the worker's own reading of the wire."""
+
+    def __init__(self) -> None:
+        self.got: dict[str, torch.Tensor] = {}
+
+    def send(self, bucket: list[wire.Named]) -> None:
+        flat, told = wire.pack(bucket), json.loads(json.dumps(wire.describe(bucket)))
+        start = 0
+        for name, kind, shape, (_, tensor) in zip(told["names"], told["dtypes"], told["shapes"], bucket, strict=True):
+            stop = start + tensor.nbytes
+            self.got[name] = flat[start:stop].view(getattr(torch, kind)).view(shape).clone()
+            start += wire.padded(tensor.nbytes)
+
+    def close(self) -> None: ...
+
+
+def test_a_sync_of_fp8_rollouts_sends_the_bytes_that_the_converter_writes(tmp_path: Path):
+    weights = bf16_weights()
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(TINY_V3))
+    target = tmp_path / "fp8"
+    conversion.run(fp8_cast(tmp_path, to="fp8"), target, workers=1, resume=False, overwrite=False)
+
+    engine, receiver = VLLMServers(["http://127.0.0.1:9"], weight_transfer="file", transfer_folder=tmp_path), Receiver()
+    engine.sender, engine.quantization, engine.bucket_bytes = receiver, "fp8", 1 << 16
+    engine._send(weights.items())
+    engine.close()
+    expected = load_file(target / "model.safetensors")
+    assert receiver.got.keys() == expected.keys()
+    assert all(same_bytes(receiver.got[name], tensor) for name, tensor in expected.items())
+    codes_of = [name for name, tensor in receiver.got.items() if tensor.dtype == fp8.DTYPE]
+    assert all(receiver.got[f"{name}_scale_inv"].shape == fp8.scale_shape(receiver.got[name].shape) for name in codes_of)
+    for name in ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "experts.7.down_proj", "shared_experts.up_proj"):
+        assert any(name in code for code in codes_of), name
+    for part in ("embed_tokens", "lm_head", "norm", "mlp.gate.", "eh_proj", "e_score_correction_bias"):
+        assert not any(part in code for code in codes_of), part
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+
+
+def test_the_servers_are_told_the_same_format_that_is_written_to_checkpoints():
+    assert fp8.QUANTIZATION == server_process.FP8
+    flag, text = server_process.model_flags(quantization="fp8", head_dtype="float32")
+    assert (flag, json.loads(text)) == ("--hf-overrides", {"quantization_config": fp8.QUANTIZATION, "head_dtype": "float32"})
+    assert server_process.model_flags(quantization="none", head_dtype="model") == []

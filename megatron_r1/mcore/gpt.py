@@ -48,8 +48,9 @@ class PolicyModel(GPTModel):
 
         model(input_ids=[1, T], position_ids=[1, T], attention_mask=None, packed_seq_params=thd)
 
-    it returns logits [1, T, V / TP] on the last pipeline stage, float32 or bf16 as the model is, and hidden states
-    [T / TP, 1, hidden] on the others. MTP layers are then left out. A reward model's logits are its scores [1, T, 1].
+    it returns logits [1, T, V / TP] on the last pipeline stage, float32 or bf16 as the model or `head_dtype` is, and hidden
+    states [T / TP, 1, hidden] on the others. MTP layers are then left out. A reward
+    model's logits are its scores [1, T, 1].
 
     With `labels` [1, T] and `loss_mask` [1, T] too (as in a Microbatch: labels[t] is token t+1 of the same sequence), it
     returns the same logits, and their backward also adds the gradient of
@@ -65,8 +66,11 @@ class PolicyModel(GPTModel):
 
     mtp_loss: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: TransformerConfig, *args: Any, head_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        self.head_dtype = head_dtype  # of the output layer's product and of the logits; None: the model's
+        if head_dtype is not None and self.post_process:
+            self.output_layer.gradient_accumulation_fusion = False  # that kernel writes to the weight itself, not through a cast
         if scaling := getattr(config, "llama3_rope", None):
             self.rotary_pos_emb.inv_freq = self.rotary_pos_emb._apply_scaling(self.rotary_pos_emb.inv_freq, **scaling)
         for layer in self.mtp.layers if self.mtp_process else ():
@@ -102,8 +106,13 @@ class PolicyModel(GPTModel):
             hidden_states, *deeper = hidden_states.chunk(1 + self.config.mtp_num_layers)
             loss = self._mtp_loss(deeper, labels, loss_mask=loss_mask, weight=weight, packed_seq_params=packed_seq_params)
             hidden_states = MTPLossAutoScaler.apply(hidden_states, self.config.mtp_loss_scaling_factor / len(deeper) * loss)
-        logits, _ = self.output_layer(hidden_states, weight=weight)
-        return logits.transpose(0, 1).contiguous()
+        return self._logits(hidden_states, weight).transpose(0, 1).contiguous()
+
+    def _logits(self, hidden_states: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        if self.head_dtype is not None:
+            weight = (self.output_layer.weight if weight is None else weight).to(self.head_dtype)
+            hidden_states = hidden_states.to(self.head_dtype)
+        return self.output_layer(hidden_states, weight=weight)[0]
 
     def _mtp_loss(
         self,
@@ -120,7 +129,7 @@ class PolicyModel(GPTModel):
         for hidden_states in deeper:
             labels, _ = roll_tensor(labels, cp_group=group, packed_seq_params=packed_seq_params)
             loss_mask, _ = roll_tensor(loss_mask, cp_group=group, packed_seq_params=packed_seq_params)
-            logits, _ = self.output_layer(hidden_states, weight=weight)
+            logits = self._logits(hidden_states, weight)
             total = total + (loss_mask * self.compute_language_model_loss(labels, logits)).sum()
             tokens = tokens + loss_mask.sum()
         self.mtp_loss = (total.detach(), tokens)

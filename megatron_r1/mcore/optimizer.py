@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_r1.models.kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ class Training:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     clip_grad: float = 1.0  # 0 = off
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's two; V3's are bfloat16
+    offload_fraction: float = 0.0  # of the optimizer's state and its step, in host memory; 0 = none
+    kernels: Kernels = field(default_factory=Kernels)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -71,6 +77,7 @@ def _count_padding(buffer: _ParamAndGradBuffer) -> None:
 
 def make_optimizer(chunks: list[DistributedDataParallel], training: Training) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW, its state divided among the data-parallel ranks, and the schedule of its learning rate. Collective."""
+    moments, offloads = getattr(torch, training.moments_dtype), training.offload_fraction > 0
     config = OptimizerConfig(
         optimizer="adam",
         lr=training.lr,
@@ -83,11 +90,17 @@ def make_optimizer(chunks: list[DistributedDataParallel], training: Training) ->
         bf16=training.torch_dtype == torch.bfloat16,
         params_dtype=training.torch_dtype,
         use_distributed_optimizer=True,
+        use_precision_aware_optimizer=moments != torch.float32 or offloads,  # offloading is a part of that
+        exp_avg_dtype=moments,
+        exp_avg_sq_dtype=moments,
+        optimizer_cpu_offload=offloads,
+        optimizer_offload_fraction=training.offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=offloads,
     )
     optimizer = get_megatron_optimizer(config, chunks)
     for part in optimizer.chained_optimizers:
         if not part.is_stub_optimizer:
-            part.init_state_fn(part.optimizer, part.config)  # else there is nothing to save before the first step
+            _allocate(part)  # else there is nothing to save before the first step
     warmup = training.lr_warmup_steps
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -103,3 +116,22 @@ def make_optimizer(chunks: list[DistributedDataParallel], training: Training) ->
         wd_incr_style="constant",
     )
     return optimizer, scheduler
+
+
+def _allocate(part: Any) -> None:
+    """Adam's moments, all zero. What Megatron has for it calls Transformer Engine with an argument less than newer ones take."""
+    adam = part.optimizer
+    if part.init_state_fn is None:  # offloaded: only a step makes its state, here from noise that Megatron draws
+        adam.dummy_step()
+        for tensors in adam.state.values():
+            for name in tensors.keys() & {"exp_avg", "exp_avg_sq", "step"}:
+                tensors[name].zero_()
+        for group in (group for inner in adam.sub_optimizers for group in inner.param_groups if "step" in group):
+            group["step"] = 0
+    elif part.config.use_precision_aware_optimizer:
+        more = (part.config.store_param_remainders,) if "store_param_remainders" in signature(adam.initialize_state).parameters else ()
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                adam.initialize_state(parameter, *more)
+    else:
+        part.init_state_fn(adam, part.config)

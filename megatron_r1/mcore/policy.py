@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 
 from megatron_r1.mcore import cpu, reduction
 from megatron_r1.mcore.logprobs import token_logprobs
@@ -57,6 +58,7 @@ class Policy:
             train_mtp=training.train_mtp,
             mtp_loss_scale=training.mtp_loss_scale,
             router_bias_update_rate=training.router_bias_update_rate,
+            kernels=training.kernels,
         )
         self.chunks = wrap(chunks)
         self.optimizer, self.scheduler = make_optimizer(self.chunks, training)
@@ -80,8 +82,9 @@ class Policy:
 
     @property
     def token_multiple(self) -> int:
-        """What the T of every microbatch must be a multiple of: sequence parallelism divides it."""
-        return self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+        """What the T of every microbatch must be a multiple of: sequence parallelism divides it, FP8 takes it in blocks."""
+        divided = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+        return divided * self.training.kernels.token_multiple
 
     @property
     def count_multiple(self) -> int:
@@ -95,13 +98,14 @@ class Policy:
         """
         reader = SafetensorsReader(folder)
         starts = is_reward_model(self.hf) and SCORE not in reader.files
-        self._load(NewHead(reader, self.hf, seed=self.seed) if starts else reader)
+        self.load(NewHead(reader, self.hf, seed=self.seed) if starts else reader)
 
     def init_random(self) -> None:
         """Take random weights, the same for a seed in every layout."""
-        self._load(RandomWeights(self.hf, seed=self.seed))
+        self.load(RandomWeights(self.hf, seed=self.seed))
 
-    def _load(self, reader: Reader) -> None:
+    def load(self, reader: Reader) -> None:
+        """Take the weights of any reader of Hugging Face names."""
         shard.load(self.chunks, reader, self.hf)
         self.optimizer.reload_model_params()  # the optimizer's float32 copies
 
@@ -198,12 +202,21 @@ class Policy:
             self.config.finalize_model_grads_func = None  # a cycle through backward hooks is never collected
 
     def _forward(
-        self, inputs: Iterator[tuple[Microbatch, PackedSeqParams]], model: torch.nn.Module, *, finish: Finish, labels: bool
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]]:
-        """Megatron's forward step: one chunk's output for one microbatch, and what turns the last one's into the loss."""
+        self,
+        inputs: Iterator[tuple[Microbatch, PackedSeqParams]],
+        model: torch.nn.Module,
+        return_schedule_plan: bool = False,
+        *,
+        finish: Finish,
+        labels: bool,
+    ) -> tuple[Any, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]]:
+        """Megatron's forward step: one chunk's output for one microbatch, and what turns the last one's into the loss.
+
+        Where expert communication is overlapped Megatron asks for the plan of that forward instead, and runs it itself.
+        """
         microbatch, packed = next(inputs)
         targets = {"labels": microbatch.labels_T[None], "loss_mask": microbatch.loss_mask_T[None]} if labels else {}
-        output = model(
+        output = (unwrap_model(model).build_schedule_plan if return_schedule_plan else model)(
             input_ids=microbatch.tokens_T[None],
             position_ids=microbatch.positions_T[None],
             attention_mask=None,

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_r1 import plugins
 
-NOT_FAMILIES = ("build", "decoder", "fields")
+NOT_FAMILIES = ("build", "decoder", "fields", "kernels")
 SCORES, GENERATES = "ForSequenceClassification", "ForCausalLM"  # how Hugging Face's architectures end
 
 

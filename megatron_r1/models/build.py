@@ -1,13 +1,14 @@
 """A Hugging Face config.json -> Megatron model chunks on this rank; which layers they are made of is decided here alone.
 
-On CPU the layers are Megatron's local ones with our attention and norm, on GPU they are Transformer Engine's.
+On CPU the layers are Megatron's local ones with our attention and norm, on GPU they are Transformer Engine's unless
+kernels.py says otherwise.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ import megatron_r1.mcore  # noqa: F401  installs the CPU adaptations before the 
 
 # isort: split
 from megatron.core import parallel_state
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
@@ -34,10 +36,12 @@ from megatron_r1.mcore.attention import GroupedAttention, LatentAttention, Packe
 from megatron_r1.mcore.gpt import GroupedConfig, PolicyModel, ScoreHead
 from megatron_r1.mcore.norm import RMSNorm
 from megatron_r1.models import family, is_reward_model
+from megatron_r1.models.kernels import INSTALL, Kernels, Recompute, arguments, check_device, recompute_arguments
 from megatron_r1.parallel import Parallel
 
 ALWAYS: dict[Any, type[torch.nn.Module]] = {SelfAttention: GroupedAttention}
-ON_CPU = ALWAYS | {WrappedTorchNorm: RMSNorm, DotProductAttention: PackedAttention, MLASelfAttention: LatentAttention}
+NORMS = {WrappedTorchNorm: RMSNorm, FusedLayerNorm: RMSNorm}  # the second where there is Apex, whose norm is no RMSNorm
+LOCAL = ALWAYS | NORMS | {DotProductAttention: PackedAttention, MLASelfAttention: LatentAttention}
 
 
 def build(
@@ -45,10 +49,11 @@ def build(
     parallel: Parallel,
     *,
     dtype: torch.dtype = torch.float32,
-    recompute: Literal["none", "selective", "full"] = "none",
+    recompute: Recompute = "none",
     train_mtp: bool = True,
     mtp_loss_scale: float = 0.1,
     router_bias_update_rate: float = 0.0,
+    kernels: Kernels | None = None,
 ) -> list[PolicyModel]:
     """This rank's model chunks (one, or `virtual_pipeline_model_parallel_size`), randomly initialised, not yet wrapped.
 
@@ -56,14 +61,18 @@ def build(
     `train_mtp` the MTP layers are frozen: with no loss of their own, weight decay alone would move them.
     Needs `mcore.distributed.init(parallel, ...)`. Raises ValueError with one line for a family or field not built here.
     """
-    std = hf.get("initializer_range", 0.02)
-    arguments = family(hf).transformer_arguments(hf)
-    latent, experts = bool(arguments.get("multi_latent_attention")), bool(arguments.get("num_moe_experts"))
+    std, kernels = hf.get("initializer_range", 0.02), kernels or Kernels()
+    model = family(hf).transformer_arguments(hf)
+    latent, experts, engine = bool(model.get("multi_latent_attention")), bool(model.get("num_moe_experts")), _has_engine(kernels)
+    computed = {"use_cpu_initialization": not cpu.has_cuda(), "moe_token_dispatcher_type": "alltoall"}
+    if engine:
+        has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+        computed |= arguments(kernels, rope_type=model.get("rope_type"), has_experts=experts, is_apex_there=has_apex)
     config = (MLATransformerConfig if latent else GroupedConfig)(
-        **arguments,
+        **model,
         **_layout(hf, parallel),
-        **_recompute(recompute, latent=latent, experts=experts),
-        **_kernels(experts=experts),
+        **recompute_arguments(recompute, kernels, latent=latent, grouped=experts and engine),
+        **computed,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -72,12 +81,13 @@ def build(
         output_layer_init_method=init_method_normal(std),
         mtp_loss_scaling_factor=mtp_loss_scale,
         moe_router_bias_update_rate=router_bias_update_rate,
-        moe_token_dispatcher_type="alltoall",
+        transformer_impl="transformer_engine" if engine else "local",
         calculate_per_token_loss=True,  # gradients are divided by the count that the loss reports, over all ranks
         activation_func=torch.nn.functional.silu,
     )
     stages = parallel.virtual_pipeline_model_parallel_size
-    chunks = [_chunk(config, hf, vp_stage=stage) for stage in (range(stages) if stages else [None])]
+    head = torch.float32 if kernels.head_dtype == "float32" else None
+    chunks = [_chunk(config, hf, vp_stage=stage, head_dtype=head) for stage in (range(stages) if stages else [None])]
     for chunk in chunks:
         if chunk.mtp_process and not train_mtp:
             chunk.mtp.requires_grad_(False)
@@ -100,34 +110,20 @@ def _layout(hf: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
     }
 
 
-def _recompute(recompute: str, *, latent: bool, experts: bool) -> dict[str, Any]:
-    """Which activations are computed again in the backward pass instead of kept."""
-    if recompute == "none":
-        return {}
-    if recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    assert recompute == "selective", f"{recompute=}"
-    # what V3 computes again (arXiv:2412.19437, section 3.2.3)
-    modules = {"layernorm": True, "mla_up_proj": latent, "moe_act": experts and cpu.has_cuda()}
-    return {"recompute_granularity": "selective", "recompute_modules": [name for name, there in modules.items() if there]}
+def _has_engine(kernels: Kernels) -> bool:
+    """Whether the layers are Transformer Engine's."""
+    engine = kernels.transformer_impl == "transformer_engine" or (kernels.transformer_impl is None and cpu.has_cuda())
+    if engine and importlib.util.find_spec("transformer_engine") is None:
+        fix = f'{INSTALL["transformer_engine"]}, or set "local" for Megatron\'s own layers'
+        raise ValueError(f"kernels.transformer_impl: Transformer Engine is not installed here; {fix}")
+    if cpu.has_cuda():
+        check_device(kernels, torch.cuda.get_device_capability())
+    return engine
 
 
-def _kernels(*, experts: bool) -> dict[str, Any]:
-    """Fused kernels are Transformer Engine's; on CPU there are none."""
-    if not cpu.has_cuda():
-        return {"use_cpu_initialization": True}
-    return {
-        "moe_grouped_gemm": experts,
-        "moe_permute_fusion": experts,
-        "bias_activation_fusion": True,
-        # the output layer is not Transformer Engine's, and needs Apex's kernel for it
-        "gradient_accumulation_fusion": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
-    }
-
-
-def _chunk(config: TransformerConfig, hf: dict[str, Any], *, vp_stage: int | None) -> PolicyModel:
-    engine = cpu.has_cuda()
-    own = ALWAYS if engine else ON_CPU
+def _chunk(config: TransformerConfig, hf: dict[str, Any], *, vp_stage: int | None, head_dtype: torch.dtype | None) -> PolicyModel:
+    engine = config.transformer_impl == "transformer_engine"
+    own = ALWAYS if engine else LOCAL
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm", vp_stage=vp_stage)
     mtp = None
     if config.mtp_num_layers:
@@ -144,6 +140,7 @@ def _chunk(config: TransformerConfig, hf: dict[str, Any], *, vp_stage: int | Non
         position_embedding_type="rope",
         rotary_base=config.rotary_base,
         vp_stage=vp_stage,
+        head_dtype=head_dtype,
     )
     if model.post_process and is_reward_model(hf):
         model.output_layer = ScoreHead(config)
@@ -152,15 +149,15 @@ def _chunk(config: TransformerConfig, hf: dict[str, Any], *, vp_stage: int | Non
 
 def _moe_layer(config: TransformerConfig) -> ModuleSpec:
     """The layer of MTP: a mixture of experts, whatever the decoder's last layer is."""
-    arguments = {
+    options = {
         "num_experts": config.num_moe_experts,
         "moe_grouped_gemm": config.moe_grouped_gemm,
         "qk_layernorm": config.qk_layernorm,
         "multi_latent_attention": config.multi_latent_attention,
     }
-    if cpu.has_cuda():
-        return get_gpt_layer_with_transformer_engine_spec(**arguments)
-    return get_gpt_layer_local_spec(**arguments, normalization="RMSNorm")
+    if config.transformer_impl == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(**options)
+    return get_gpt_layer_local_spec(**options, normalization="RMSNorm")
 
 
 def _with_own_modules(spec: Any, own: dict[Any, type[torch.nn.Module]]) -> Any:

@@ -95,5 +95,11 @@ class RolloutEngine(Protocol):
         `logprobs[i]` is the trainer's log-prob of `token_ids[i + 1]` at temperature 1.
         """
 
+    def sleep(self) -> None:
+        """Make every server give back the GPU's memory; weights and caches are gone."""
+
+    def wake(self, tag: str) -> None:
+        """Give every server back the memory of its "weights", empty, or of its "kv_cache"; it samples once it has both."""
+
     def close(self) -> None:
         """Let go of connections; the servers go on."""

@@ -14,6 +14,7 @@ import torch
 
 from megatron_r1.mcore import distributed
 from megatron_r1.rollout.engine import EngineError, EngineLost, Request, RolloutEngine, SamplingParams, never, request_seed
+from megatron_r1.rollout.placement import Colocated, Dedicated
 from megatron_r1.rollout.sampling import MAX_RECOVERIES, to_sample
 from megatron_r1.types import Microbatch, Problem, Sample
 
@@ -32,22 +33,35 @@ class WeightOwner(Protocol):
 class Fleet:
     """All servers as one engine. `canary` is one sequence of fixed tokens on whose log-probs both sides must agree."""
 
-    def __init__(self, engine: RolloutEngine, policy: WeightOwner, *, canary: Microbatch, tolerance: float, seed: int) -> None:
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        policy: WeightOwner,
+        *,
+        canary: Microbatch,
+        tolerance: float,
+        seed: int,
+        placement: Dedicated | Colocated | None = None,
+    ) -> None:
         self.engine = engine
         self.policy = policy
         self.canary = canary
         self.tolerance = tolerance
         self.seed = seed
+        self.placement = placement or Dedicated()
+        self.has_weights = False  # whether the servers hold those of `version`
         self.version = -1  # of the weights the servers hold; -1 = none of ours
         self.canary_gap = 0.0  # max abs log-prob difference at the last sync
 
     def sync(self) -> None:
         """Send the policy's weights if the servers hold others, and let the canary check what arrived. Collective."""
-        if self.version == self.policy.version:
+        if self.has_weights and self.version == self.policy.version:
             return
+        self.placement.sending()
         self.engine.update_weights(self.policy.hf_weights(), self.policy.version)
-        self.version = self.policy.version
+        self.version, self.has_weights = self.policy.version, True
         self.policy.attach_logprobs([self.canary] * self.policy.count_multiple, "old", temperature=1.0)
+        self.placement.sampling()
         if distributed.rank() == 0:
             length = int(self.canary.cu_seqlens[1])
             tokens = self.canary.tokens_T[:length].tolist()
@@ -74,8 +88,10 @@ class Fleet:
             self.sync()
             lost = self._collect(requests, sampling, done, prompts=prompts, on_sample=on_sample, stop=stop)
             if not distributed.any_rank(lost):
+                self.placement.training()
+                self.has_weights = self.placement.keeps_weights
                 return [sample for i in requests for sample in done.get(i, ())]
-            self.version = -1  # a server came back empty, so all of them get the weights again
+            self.has_weights = False  # a server came back empty, so all of them get the weights again
         raise EngineError(f"rollout.urls: servers were lost {MAX_RECOVERIES + 1} times in one rollout; see their logs in <run.dir>/logs")
 
     def _seed_of(self, problem: Problem) -> int:

@@ -28,6 +28,8 @@ COMMON_ENV = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",  # the model is a local folder
 }
+# weights/fp8.py's QUANTIZATION; this file imports no torch
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 CPU_ENV = {
     "OMP_NUM_THREADS": "1",  # two threads a server spin against each other on shared cores: 50 tok/s instead of 4,000
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default wants a NUMA node for each worker
@@ -108,6 +110,21 @@ def reward_server_command(
         switches.append("--enforce-eager")
     pairs = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     return [sys.executable, "-m", "megatron_r1.rollout.vllm_serve", model_folder, *pairs, *switches, *extra], env
+
+
+def placement_flags(placement: str) -> list[str]:
+    """Flags by which a server can give its memory back; the CPU build takes /sleep as it is, and keeps its memory."""
+    return ["--enable-sleep-mode"] if placement == "colocated" and not is_cpu_build() else []
+
+
+def model_flags(*, quantization: str, head_dtype: str) -> list[str]:
+    """Flags by which a server computes what the trainer sends and as the trainer does: what config.json, the trainer's, does not say."""
+    overrides: dict[str, object] = {}
+    if quantization == "fp8":
+        overrides["quantization_config"] = FP8
+    if head_dtype != "model":
+        overrides["head_dtype"] = head_dtype
+    return ["--hf-overrides", json.dumps(overrides)] if overrides else []
 
 
 def cpu_flags(hf: dict[str, object], tensor_parallel_size: int) -> dict[str, object]:

@@ -9,6 +9,7 @@ EngineLost names the requests to generate again after that.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import queue
 from collections import deque
@@ -20,6 +21,7 @@ from megatron_r1.rollout import openai_api, wire
 from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, SamplingParams, never
 from megatron_r1.rollout.servers import NotReady, ServerDown, Servers
 from megatron_r1.rollout.weight_transfer import make_sender
+from megatron_r1.weights import fp8
 
 TOKENS_PATH = "/inference/v1/generate"
 BUCKET_BYTES = 256 << 20
@@ -54,6 +56,7 @@ class VLLMServers:
         self.sender = make_sender(weight_transfer, self.servers, rank=rank, folder=transfer_folder) if sends else None
         self.rank, self.max_num_seqs, self.start_limit_seconds = rank, max_num_seqs, start_limit_seconds
         self.pause, self.own_weights = pause, own_weights
+        self.quantization: Literal["none", "fp8"] = "none"  # of the servers' model; for "fp8" weights are quantised as they are sent
         self.bucket_bytes = BUCKET_BYTES
         self.version: int | None = None  # what this client last sent
         self.models: dict[str, str] = {}  # servers that have OpenAI's API alone, and what they call their model
@@ -175,7 +178,7 @@ class VLLMServers:
         self.version = version
 
     def _send(self, weights: Iterable[wire.Named]) -> None:
-        for bucket in wire.buckets(weights, self.bucket_bytes):
+        for bucket in wire.buckets(fp8.stream(weights) if self.quantization == "fp8" else weights, self.bucket_bytes):
             self.sender.send(bucket)
 
     def _reconnect(self) -> None:
@@ -212,6 +215,25 @@ class VLLMServers:
                 raise
             self.lost += error.missing
             print(f"going on with {len(self.servers.urls)} servers: {error}", flush=True)
+
+    def sleep(self) -> None:
+        self._wait()
+        self._tell("/sleep?level=2")
+
+    def wake(self, tag: str) -> None:
+        self._tell(f"/wake_up?tags={tag}")
+
+    def _tell(self, path: str) -> None:
+        """Call the servers that are there: one that died has no memory to give or to get, and starts awake."""
+
+        async def tell(url: str) -> None:
+            with contextlib.suppress(ServerDown):
+                await self.servers.call(url, path)
+
+        async def every() -> None:
+            await asyncio.gather(*map(tell, self.servers.urls))
+
+        self.servers.submit(every()).result()
 
     def logprobs_of(self, token_ids: Sequence[int]) -> list[list[float]]:
         """Each server's log-probs at temperature 1 of token_ids[1:]."""

@@ -13,14 +13,17 @@ from megatron_r1 import checks, cost, data, evaluation
 from megatron_r1.chat import Chat
 from megatron_r1.config_stages import StageConfig
 from megatron_r1.mcore import checkpoint, distributed
+from megatron_r1.mcore.offload import Offload
 from megatron_r1.mcore.optimizer import Training
 from megatron_r1.mcore.policy import Policy
 from megatron_r1.metrics import Metrics, Record, Stopwatch, progress
 from megatron_r1.mixture import Mixture
+from megatron_r1.models.kernels import Kernels
 from megatron_r1.packing import TokenSequence, pack, plan
 from megatron_r1.problem import Problem
 from megatron_r1.rollout.engine import SamplingParams, never
 from megatron_r1.rollout.fleet import Fleet
+from megatron_r1.rollout.placement import Colocated, Dedicated
 from megatron_r1.rollout.vllm_server import VLLMServers
 from megatron_r1.run_folder import DONE, STOP, hold
 from megatron_r1.sample_file import SampleFile
@@ -90,7 +93,7 @@ def training(config: StageConfig, *, steps: int, train_mtp: bool) -> Training:
     o, m = config.optimizer, config.model
     settings = o.model_dump(exclude={"lr_decay_steps"}) | m.model_dump(exclude={"path", "init"})
     decay = o.lr_decay_steps or (None if o.lr_decay_style == "constant" else steps)
-    return Training(**settings, lr_decay_steps=decay, train_mtp=train_mtp)
+    return Training(**settings, lr_decay_steps=decay, train_mtp=train_mtp, kernels=Kernels(**config.kernels.model_dump()))
 
 
 def make_fleet(config: StageConfig, policy: Policy, hf: dict[str, Any]) -> Fleet:
@@ -107,9 +110,11 @@ def make_fleet(config: StageConfig, policy: Policy, hf: dict[str, Any]) -> Fleet
         start_limit_seconds=r.start_timeout_seconds,
         transfer_folder=Path(config.run.dir) / "transfer",
     )
+    engine.quantization = r.quantization
     ids = [(7919 * i + 17) % hf["vocab_size"] for i in range(CANARY_TOKENS)]
     [canary] = pack([TokenSequence(ids=ids, learned=[1] * len(ids))], [[0]], multiple=policy.token_multiple)
-    return Fleet(engine, policy, canary=canary, tolerance=r.canary_tolerance, seed=config.run.seed)
+    placement = Colocated(engine, Offload(policy.chunks, policy.optimizer)) if r.placement == "colocated" else Dedicated()
+    return Fleet(engine, policy, canary=canary, tolerance=r.canary_tolerance, seed=config.run.seed, placement=placement)
 
 
 def roll_out(

@@ -12,7 +12,8 @@ The scale of `name` is stored as `name_scale_inv`. Odd sizes end in smaller bloc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -22,6 +23,8 @@ SCALE_SUFFIX = "_scale_inv"
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-117, 2.0**118
 DTYPE = torch.float8_e4m3fn
 QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+# DeepSeek's own choice: the linear layers of attention and MLP; not embedding, head, norms, router, MTP's projection
+QUANTIZED = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
 NAN_CODE = 127
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}  # to compare all values, NaN too
 
@@ -66,6 +69,17 @@ def quantize(weight: torch.Tensor, kept: torch.Tensor | None = None) -> tuple[to
     scale = (_largest(values) / LARGEST).clamp_(min=SMALLEST_SCALE).to(kept.dtype)
     scale = torch.where(changed, scale, kept)
     return _encode(values, scale.float()), scale
+
+
+def stream(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights by Hugging Face name, as `convert fp8-cast` would write them: codes, each followed by its scales, and the rest as it is."""
+    for name, tensor in weights:
+        if tensor.dim() != 2 or not QUANTIZED.search(name):
+            yield name, tensor
+            continue
+        codes, scale = quantize(tensor)
+        yield name, codes
+        yield name + SCALE_SUFFIX, scale
 
 
 def check(name: str, codes: torch.Tensor, scale: torch.Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +19,6 @@ from megatron_r1.weights.safetensors_files import LENGTH_BYTES, Folder, Tensor, 
 from megatron_r1.weights.streams import Cast, Files, Quantized, Stream, height, joined
 
 To = Literal["same", "bf16", "fp8"]
-# DeepSeek's own choice: the linear layers of attention and MLP; not embedding, head, norms, router, MTP's projection
-QUANTIZED = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
 
 
 def hf_to_megatron(source: Path) -> Plan:
@@ -119,7 +116,7 @@ def _retype(tensors: list[Tensor], to: To) -> list[Tensor]:
     found: list[Tensor] = []
     for tensor in tensors:
         name, dtype = tensor.name, tensor.dtype
-        if to == "fp8" and QUANTIZED.search(name) and len(tensor.shape) == 2 and dtype != fp8.DTYPE:
+        if to == "fp8" and fp8.QUANTIZED.search(name) and len(tensor.shape) == 2 and dtype != fp8.DTYPE:
             found += [replace(tensor, dtype=fp8.DTYPE), Tensor(name + fp8.SCALE_SUFFIX, torch.float32, fp8.scale_shape(tensor.shape))]
         elif to != "bf16" or not dtype.is_floating_point or name.endswith(KEPT_FP32):
             found.append(tensor)

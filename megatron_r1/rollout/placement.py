@@ -1,0 +1,79 @@
+"""Where the servers run: on GPUs of their own, or on the trainer's, where the one makes room for the other. Every rank makes each call.
+
+    sending    the policy is in its place and the servers have room for weights
+    sampling   the servers have all their memory
+    training   the policy is in its place
+
+R1's own way is "colocated": each phase loads what it needs and gives the memory back (arXiv:2501.12948v2, B.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from megatron_r1.mcore import distributed
+from megatron_r1.rollout.engine import RolloutEngine
+
+
+class Movable(Protocol):
+    """What can leave the GPU and come back: mcore/offload.py."""
+
+    @property
+    def is_out(self) -> bool: ...
+
+    def move_out(self) -> None: ...
+
+    def move_in(self) -> None: ...
+
+
+class Dedicated:
+    """Servers on GPUs of their own: nobody has to move."""
+
+    keeps_weights = True  # whether servers still have what they were sent when they sample again
+
+    def sending(self) -> None: ...
+
+    def sampling(self) -> None: ...
+
+    def training(self) -> None: ...
+
+
+class Colocated:
+    """Servers on the trainer's GPUs. They sleep without their weights, for new ones come before they sample again."""
+
+    keeps_weights = False
+
+    def __init__(self, engine: RolloutEngine, policy: Movable) -> None:
+        self.engine, self.policy = engine, policy
+        self.phase: Literal["start", "sending", "sampling", "training"] = "start"
+
+    def sending(self) -> None:
+        """Wake the servers' weights beside the policy."""
+        if self.phase == "sampling":  # a server came back in the middle of a rollout
+            self.training()
+        if self.phase == "start":
+            self._servers(self.engine.sleep)  # once they are up they hold all they will ever need
+        self._servers(self.engine.wake, "weights")
+        self.phase = "sending"
+
+    def sampling(self) -> None:
+        """Move the policy out and wake the rest."""
+        self.policy.move_out()
+        self._servers(self.engine.wake, "kv_cache")
+        self.phase = "sampling"
+
+    def training(self) -> None:
+        """Put the servers to sleep and move the policy back in; where that is so already, nothing."""
+        if self.phase != "sampling":
+            return
+        self._servers(self.engine.sleep)
+        self.policy.move_in()
+        self.phase = "training"
+
+    @staticmethod
+    def _servers(call: Callable[..., None], *tags: str) -> None:
+        """Rank 0 tells the servers; no rank goes on before they have done it."""
+        if distributed.rank() == 0:
+            call(*tags)
+        distributed.any_rank(False)

@@ -1,0 +1,103 @@
+"""A machine without network gets the wheels in parts: they are whole again there, or the damage is named. And what doctor says of them."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from megatron_r1 import doctor
+
+SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "wheels.sh"
+RECORD = "small-1.0.dist-info/RECORD"
+
+
+def wheels(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHON": sys.executable, **environment}
+    return subprocess.run([SCRIPT, *map(str, arguments)], env=env, capture_output=True, text=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A real wheel of a package, and a file of 2.5 MiB."""
+    made = tmp_path / "wheels"
+    made.mkdir()
+    with zipfile.ZipFile(made / "small-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("small.py", "ANSWER = 42\n")
+        wheel.writestr("small-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: small\nVersion: 1.0\n")
+        wheel.writestr("small-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(RECORD, f"small.py,,\nsmall-1.0.dist-info/METADATA,,\nsmall-1.0.dist-info/WHEEL,,\n{RECORD},,\n")
+    (made / "large file.bin").write_bytes(random.Random(0).randbytes(5 << 19))
+    return made
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "SHA256SUMS"}
+
+
+def test_parts_are_no_larger_than_asked_and_join_to_the_same_bytes(folder):
+    before = contents(folder)
+    assert wheels("split", folder, 1).returncode == 0
+    parts = sorted(file.name for file in folder.glob("*.part-*"))
+    assert parts == [f"large file.bin.part-00{i}" for i in range(3)]
+    assert all(file.stat().st_size <= 1 << 20 for file in folder.iterdir())
+    assert wheels("join", folder).returncode == 0
+    assert contents(folder) == before
+    assert wheels("join", folder).returncode == 0, "a second time there is nothing to do"
+
+
+@pytest.mark.parametrize("damage", [lambda part: part.unlink(), lambda part: part.write_bytes(b"x" * part.stat().st_size)])
+def test_a_missing_or_damaged_part_is_named(damage, folder):
+    wheels("split", folder, 1)
+    damage(folder / "large file.bin.part-001")
+    run = wheels("join", folder)
+    assert run.returncode == 2
+    assert "large file.bin: FAILED" in run.stderr
+    assert "copy what is named above again" in run.stderr
+
+
+def test_what_was_split_installs_without_network(folder, tmp_path):
+    wheels("split", folder, 1)
+    run = wheels("install", folder, PIP_TARGET=str(tmp_path / "site"), PIP_INDEX_URL="http://127.0.0.1:9/")
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "site" / "small.py").read_text() == "ANSWER = 42\n"
+
+
+@pytest.mark.parametrize("arguments", [(), ("collect",), ("split", "x"), ("split", "x", "0"), ("fetch", "x")])
+def test_a_wrong_call_is_explained_in_one_line(arguments, tmp_path):
+    run = wheels(*[tmp_path / a if a == "x" else a for a in arguments])
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: tools/wheels.sh: ")
+    assert len(run.stderr.splitlines()) == 1
+
+
+CORE, TORCH, NAME = "transformer-engine-cu13", "transformer-engine-torch", "transformer-engine"
+INSTALLED = [
+    ({}, None),
+    ({CORE: "2.14.1", TORCH: "2.14.1", NAME: "2.14.1"}, None),
+    ({CORE: "2.14.1", TORCH: "2.14.1"}, "pip install --no-deps transformer-engine==2.14.1"),
+    ({CORE: "2.14.1", NAME: "2.14.1"}, "tools/wheels.sh"),
+    ({NAME: "2.14.1"}, "transformer-engine-cu13"),
+    ({CORE: "2.14.1", TORCH: "2.13.0", NAME: "2.14.1"}, "several versions"),
+]
+
+
+@pytest.mark.parametrize(("installed", "words"), INSTALLED)
+def test_doctor_knows_which_part_of_transformer_engine_is_missing(installed, words, monkeypatch):
+    def version(names: tuple[str, ...]) -> str | None:
+        return next((f"{installed[name]} ({name})" for name in names if name in installed), None)
+
+    monkeypatch.setattr(doctor, "version", version)
+    said = doctor.transformer_engine()
+    assert said is None if words is None else words in said
+
+
+def test_doctor_says_what_each_missing_companion_is_for():
+    found = doctor.companions()
+    assert found.keys() == {"DeepEP", "HybridEP", "flash-attn", "apex kernels"}
+    assert 'kernels.dispatcher = "deepep"' in found["DeepEP"]
