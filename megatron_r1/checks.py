@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from megatron_r1 import chat_templates, models, parallel, plugins, scoring
+from megatron_r1 import chat_templates, models, parallel, plugins
 from megatron_r1.config_stages import EvalConfig, GRPOConfig, RejectionConfig, RewardModelConfig, SFTConfig, StageConfig
 from megatron_r1.models import kernels
+from megatron_r1.verifying import scoring
 
 
 def check(config: StageConfig) -> None:

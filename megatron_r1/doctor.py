@@ -7,7 +7,7 @@ import importlib.util
 import os
 import platform
 
-from megatron_r1 import sandbox
+from megatron_r1.verifying import sandbox
 
 # distribution names that may carry a package, and what a missing one costs
 PACKAGES: tuple[tuple[tuple[str, ...], str], ...] = (

@@ -12,8 +12,8 @@ from rich.console import Console
 from megatron_r1 import evaluation
 from megatron_r1.evaluation import Attempt, Estimate, classes, consensus, estimate, pass_at_k, record, scores, table
 from megatron_r1.sample_file import SampleFile
-from megatron_r1.scoring import Scorer
 from megatron_r1.types import Problem, Sample
+from megatron_r1.verifying.scoring import Scorer
 
 
 @pytest.fixture(scope="module")

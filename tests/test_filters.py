@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_r1 import filters
 from megatron_r1.config_types import Filters as Settings
 from megatron_r1.problem import Problem
+from megatron_r1.rejection import filters
 
 DEFAULTS = filters.Filters(**Settings().model_dump())
 ENGLISH = Problem(0, "How many apples are left in the basket?", "3")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from chats import ChatStub, said
 
-from megatron_r1.judge import Judge, Verdict, read
 from megatron_r1.problem import Problem
+from megatron_r1.rejection.judge import Judge, Verdict, read
 from megatron_r1.rollout.chat_servers import ChatServers
 
 PROBLEM = Problem(0, "Who wrote {it}?", "Ada", source="data/essays.jsonl")

@@ -83,12 +83,13 @@ def test_the_table_has_every_checkpoint_in_the_papers_order(tmp_path: Path, caps
     def run(job: Job) -> int:
         finished(tmp_path, str(job.folder.relative_to(tmp_path)))
         if job.measures:
-            record = {"eval/problems": 8.0, "eval/pass@1": len(job.measures) / 10, "eval/pass@1_stderr": 0.01, "eval/length_mean": 20.0}
+            record = {"step": 0, "unix_time": 1.0, "eval/problems": 8.0, "eval/pass@1": len(job.measures) / 10, "eval/length_mean": 20.0}
             (job.folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+            (job.folder / "eval.toml").write_text("[run]\ngpu_hour_price = 2.0\n")
         return 0
 
     assert pipeline.main(settings(tmp_path, evaluation="e.toml"), run) == 0
-    shown = capsys.readouterr().out.rpartition("held-out problems")[2]
+    shown = capsys.readouterr().out.partition("held-out problems")[2].partition("cost")[0]
     places = [shown.index(f" {name} ") for name in ("Base", "R1-Zero", "Dev1", "Dev2", "Dev3", "R1", "student")]
     assert places == sorted(places)
     assert "0.700" in shown

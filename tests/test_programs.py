@@ -8,12 +8,12 @@ import time
 import pytest
 from processes import is_soon, running
 
-from megatron_r1 import patches, sandbox
-from megatron_r1.completion import Block, code_blocks
 from megatron_r1.problem import Problem
 from megatron_r1.rewards import bugfix, code
-from megatron_r1.scoring import Scorer
 from megatron_r1.types import Sample
+from megatron_r1.verifying import patches, sandbox
+from megatron_r1.verifying.completion import Block, code_blocks
+from megatron_r1.verifying.scoring import Scorer
 
 PATIENT = {"seconds": 60.0, "cpu_seconds": 10}  # the machine may be busy
 CASES = json.dumps({"cases": [{"stdin": "1 2\n", "stdout": "3\n"}, {"stdin": "5 5\n", "stdout": "10"}]})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1.resumable_jsonl import ResumableJsonl
+from megatron_r1.rejection.resumable_jsonl import ResumableJsonl
 
 SETTINGS = {"samples": 2, "filters": {"ngram": 10}}
 

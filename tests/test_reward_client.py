@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from megatron_r1 import scoring
 from megatron_r1.problem import Problem
 from megatron_r1.rewards import helpful, reward_model, safety
 from megatron_r1.types import Sample
+from megatron_r1.verifying import scoring
 
 PROBLEM = Problem(id=0, prompt="hello?", answer="", source="helpful")
 COMPLETION = "<think>hm</think>\nHello! "

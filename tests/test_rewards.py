@@ -110,5 +110,6 @@ def test_language_is_the_share_of_the_reasonings_words(reasoning: str, prompt: s
 
 
 def test_a_verifiers_process_does_not_import_torch():
-    code = "import sys, megatron_r1.grading\nfrom megatron_r1.rewards import accuracy, format, language\nassert 'torch' not in sys.modules"
+    code = "import sys, megatron_r1.verifying.grading\n"
+    code += "from megatron_r1.rewards import accuracy, format, language\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

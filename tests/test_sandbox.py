@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from processes import is_soon, running
 
-from megatron_r1 import sandbox
-from megatron_r1.sandbox import PYTHON, Limits, Result, run
+from megatron_r1.verifying import sandbox
+from megatron_r1.verifying.sandbox import PYTHON, Limits, Result, run
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENT = Limits(seconds=60.0, cpu_seconds=10)  # for programs that end by themselves, on a busy machine
@@ -269,7 +269,7 @@ def test_a_user_without_rights_gets_the_same_sandbox(tmp_path: Path):
     """As nobody, with a Python all may read; the bomb meets the kernel's own limit there."""
     if not os.access("/usr/bin/python3", os.X_OK):
         pytest.skip("no Python outside root's home")
-    source = (ROOT / "megatron_r1" / "sandbox.py").read_text()
+    source = (ROOT / "megatron_r1" / "verifying" / "sandbox.py").read_text()
     code = "\nfor text in ('import os; print(os.getuid(), os.listdir(\"/tmp\"))', 'import os\\nwhile True: os.fork()'):\n"
     code += "    r = run([*PYTHON, '-c', text], limits=Limits(seconds=60.0)); print(r.stdout.strip(), r.stopped, r.stderr[-40:])\n"
     as_nobody = ["/usr/bin/setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", "/usr/bin/python3", "-I", "-"]

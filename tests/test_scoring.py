@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1.scoring import Scorer
 from megatron_r1.types import Problem, Sample
+from megatron_r1.verifying.scoring import Scorer
 
 BAD = """
 import os, sys, time

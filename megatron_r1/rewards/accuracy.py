@@ -13,8 +13,8 @@ from functools import lru_cache
 
 import math_verify
 
-from megatron_r1.completion import final_answer
 from megatron_r1.problem import Problem
+from megatron_r1.verifying.completion import final_answer
 
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 

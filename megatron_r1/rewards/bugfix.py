@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from megatron_r1 import assertions, patches, sandbox
-from megatron_r1.completion import code_blocks
 from megatron_r1.problem import Problem
+from megatron_r1.verifying import assertions, patches, sandbox
+from megatron_r1.verifying.completion import code_blocks
 
 FORM = 'write {"files": {"folder/name.py": "..."}, "tests": {"test_name.py": "..."}}'
 

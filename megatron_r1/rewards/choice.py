@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import re
 
-from megatron_r1.completion import conclusion, final_answer
 from megatron_r1.problem import Problem
+from megatron_r1.verifying.completion import conclusion, final_answer
 
 MARKS = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}$*`]")
 # a letter alone, or one that a bracket, a full stop or a colon sets off from the option's text

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from megatron_r1 import assertions, sandbox
-from megatron_r1.completion import code_blocks
 from megatron_r1.problem import Problem
+from megatron_r1.verifying import assertions, sandbox
+from megatron_r1.verifying.completion import code_blocks
 
 PYTHON = ("python", "python3", "py")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from megatron_r1.completion import final_answer
 from megatron_r1.problem import Problem
+from megatron_r1.verifying.completion import final_answer
 
 MARKS = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}$*`\"\u201c\u201d]")
 ENDS = " .,;:!?'\u2018\u2019"

@@ -27,10 +27,10 @@ from megatron_r1.rollout.placement import Colocated, Dedicated
 from megatron_r1.rollout.vllm_server import VLLMServers
 from megatron_r1.run_folder import DONE, STOP, hold
 from megatron_r1.sample_file import SampleFile
-from megatron_r1.scoring import Scorer
 from megatron_r1.signals import StopRequest
 from megatron_r1.stages.inputs import evaluation_sampling, load_problems, make_scorer
 from megatron_r1.types import Microbatch, Sample
+from megatron_r1.verifying.scoring import Scorer
 from megatron_r1.watchdog import Watchdog
 from megatron_r1.weights import shard
 

@@ -16,14 +16,14 @@ from rich.console import Console
 from megatron_r1 import evaluation
 from megatron_r1.chat import Chat
 from megatron_r1.config_stages import EvalConfig
-from megatron_r1.metrics import Metrics, Stopwatch, progress
+from megatron_r1.metrics import Stopwatch, progress
 from megatron_r1.rollout.sampling import sample_groups
 from megatron_r1.rollout.vllm_server import VLLMServers
 from megatron_r1.run_folder import DONE, hold
 from megatron_r1.sample_file import SampleFile
-from megatron_r1.scoring import Scorer
 from megatron_r1.stages import inputs
 from megatron_r1.types import Problem, Sample
+from megatron_r1.verifying.scoring import Scorer
 
 WIDTH = 140  # columns of the table
 BACKLOG = 64  # groups of completions whose verdicts are awaited while others are sampled
@@ -33,7 +33,7 @@ def main(config: EvalConfig) -> None:
     """Sample, verify and count once; ends with the table, metrics at step 0, and <run.dir>/eval/samples.jsonl."""
     folder, e, watch = Path(config.run.dir), config.evaluation, Stopwatch()
     lock = hold(folder)
-    metrics = Metrics(folder, steps=0, tensorboard=config.logging.tensorboard)
+    metrics = inputs.make_metrics(config, steps=0)
     chat, problems = Chat(config.model.path, chat_template=config.chat_template), chosen(config)
     prompts = [(problem, chat.prompt_ids(problem)) for problem in problems]
     sampling = inputs.evaluation_sampling(config, eos_id=chat.eos_id)

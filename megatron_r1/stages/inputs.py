@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from megatron_r1 import data
+from pathlib import Path
+
+from megatron_r1 import cost, data
 from megatron_r1.config_stages import GRPOConfig, StageConfig
+from megatron_r1.metrics import Metrics
 from megatron_r1.mixture import Mixture, load_general
 from megatron_r1.problem import Problem
 from megatron_r1.rollout.engine import SamplingParams
-from megatron_r1.scoring import Scorer
+from megatron_r1.verifying.scoring import Scorer
 
 
 def load_problems(config: StageConfig) -> tuple[Mixture, list[Problem]]:
@@ -26,6 +29,12 @@ def make_scorer(config: StageConfig) -> Scorer:
     """The verifiers' pool."""
     r = config.rewards
     return Scorer(r.weights, by_source=r.by_source, workers=r.workers, timeout_seconds=r.timeout_seconds, options=r.options)
+
+
+def make_metrics(config: StageConfig, *, steps: int) -> Metrics:
+    """The log of a stage without a trainer: its servers alone cost something."""
+    meter = cost.Meter(cost.devices(config.model_dump(), trainer=False, rollouts=True), config.run.gpu_hour_price)
+    return Metrics(Path(config.run.dir), steps=steps, tensorboard=config.logging.tensorboard, meter=meter)
 
 
 def evaluation_sampling(config: StageConfig, *, eos_id: int) -> SamplingParams:

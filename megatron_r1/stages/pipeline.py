@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_r1 import runs, status
 from megatron_r1.config_stages import PipelineConfig
 from megatron_r1.run_folder import DONE
 
@@ -73,7 +74,7 @@ def main(config: PipelineConfig, run: Callable[[Job], int]) -> int:
             return code
     tested = [job for job in chosen if job.measures]
     if tested:
-        Console().print(table(tested))
+        Console().print(table(tested), status.costs(runs.find(Path(config.dir))))
     return 0
 
 

@@ -24,17 +24,17 @@ from rich.table import Table
 
 from megatron_r1 import data
 from megatron_r1.config_stages import RejectionConfig
-from megatron_r1.drawing import REASONS, Drawer, Drawn
-from megatron_r1.filters import Filters
-from megatron_r1.judge import Judge
-from megatron_r1.metrics import Metrics, Record, progress
+from megatron_r1.metrics import Record, progress
 from megatron_r1.problem import Problem
-from megatron_r1.resumable_jsonl import ResumableJsonl
+from megatron_r1.rejection.drawing import REASONS, Drawer, Drawn
+from megatron_r1.rejection.filters import Filters
+from megatron_r1.rejection.judge import Judge
+from megatron_r1.rejection.resumable_jsonl import ResumableJsonl
 from megatron_r1.rollout.chat_servers import ChatServers
 from megatron_r1.rollout.engine import SamplingParams
 from megatron_r1.run_folder import DONE, STOP, hold
 from megatron_r1.signals import StopRequest
-from megatron_r1.stages.inputs import make_scorer
+from megatron_r1.stages.inputs import make_metrics, make_scorer
 
 OUTPUT = "conversations.jsonl"  # in the run's folder
 STOP_SECONDS = 1.0  # how often to ask whether to stop
@@ -53,7 +53,7 @@ def main(config: RejectionConfig) -> None:
         if output.problems < total:
             drawer = make_drawer(config, parts)
             output.begin(drawer.servers.wait_ready(config.rollout.start_timeout_seconds))
-            metrics = parts.enter_context(closing(Metrics(folder, steps=total, tensorboard=config.logging.tensorboard)))
+            metrics = parts.enter_context(closing(make_metrics(config, steps=total)))
             advance = parts.enter_context(progress("problems", total))
             advance(output.problems)
 

@@ -9,15 +9,15 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megatron_r1 import filters
-from megatron_r1.filters import Filters
-from megatron_r1.judge import Judge, Verdict
 from megatron_r1.problem import Problem
+from megatron_r1.rejection import filters
+from megatron_r1.rejection.filters import Filters
+from megatron_r1.rejection.judge import Judge, Verdict
 from megatron_r1.rollout.chat_servers import ChatServers
 from megatron_r1.rollout.engine import SamplingParams, request_seed
 from megatron_r1.rollout.servers import Refused
-from megatron_r1.scoring import Scorer
 from megatron_r1.types import Sample
+from megatron_r1.verifying.scoring import Scorer
 
 # Why a completion is dropped, in the order of the checks.
 REASONS = (

@@ -35,7 +35,7 @@ class Verifier:
     """One process of grading.py, used by one thread at a time."""
 
     def __init__(self, rewards: list[str]):
-        self.command = [sys.executable, "-m", "megatron_r1.grading", *rewards]
+        self.command = [sys.executable, "-m", "megatron_r1.verifying.grading", *rewards]
         self.is_closed = False
         self.start()
 

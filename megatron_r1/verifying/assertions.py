@@ -11,7 +11,7 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 
-from megatron_r1 import sandbox
+from megatron_r1.verifying import sandbox
 
 # The module's name is "program", so what stands under `if __name__ == "__main__":` does not run.
 HARNESS = """
