@@ -84,7 +84,7 @@ examine() {
 
 # preflight NEEDED: leaves in HOSTS the nodes that pass; ends the job when fewer than NEEDED do
 preflight() {
-  local all=("${HOSTS[@]}") bad floor=${NODE_GBPS:-}
+  local all=("${HOSTS[@]}") bad why floor=${NODE_GBPS:-}
   examine preflight 1 timeout 120 bash slurm/preflight.sh "$GPUS" "$PYTHON"
   if [ -z "$floor" ] && { command -v nvidia-smi >/dev/null || [ -n "${DRY_RUN:-}" ]; }; then floor=50; fi
   if [ "${floor:-0}" != 0 ] && [ "${#HOSTS[@]}" != 0 ]; then
@@ -93,8 +93,8 @@ preflight() {
   if [ -n "${DRY_RUN:-}" ]; then return; fi
   bad=$(comm -23 <(printf '%s\n' "${all[@]}" | sort) <(printf '%s\n' "${HOSTS[@]}" | sort) | paste -sd,)
   if [ -n "$bad" ]; then
-    grep -hs '^bad ' "$LOG"/{preflight,allreduce}-*.log || say "no answer, or other versions than most: see $LOG/preflight-*.log"
-    say "bad nodes: $bad"
+    why=$(cat "$LOG"/{preflight,allreduce}-*.log 2>/dev/null | grep '^bad ' || true)
+    say "bad nodes: $bad: ${why:-no answer, or other versions than most, see $LOG/preflight-*.log}"
     if [ -n "${NEXT:-}" ]; then scontrol update JobId="$NEXT" ExcNodeList="$bad"; fi
   fi
   if [ "${#HOSTS[@]}" -lt "$1" ]; then say "only ${#HOSTS[@]} of the $1 nodes that are needed are healthy"; exit 1; fi
