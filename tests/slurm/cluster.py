@@ -68,7 +68,7 @@ class Cluster:
         assert not check or found.returncode == 0, f"{argv}: {found.stdout}{found.stderr}"
         return (found.stdout + found.stderr).strip()
 
-    def wait(self, condition: Callable[[], Any], what: str, *, seconds: float = 180.0) -> Any:
+    def wait(self, condition: Callable[[], Any], what: str, *, seconds: float = 400.0) -> Any:
         """The first true value of `condition`."""
         limit = time.monotonic() + seconds
         while not (value := condition()):

@@ -19,7 +19,7 @@ path = "{model}"
 init = "random"
 [parallel]
 expert_model_parallel_size = 2
-timeout_minutes = 2
+timeout_minutes = 5
 [optimizer]
 lr = 1e-3
 [data]
@@ -34,7 +34,7 @@ chunk_tokens = 512
 max_prompt_tokens = 96
 kv_cache_mib = 64
 max_num_seqs = 16
-start_timeout_seconds = 120.0
+start_timeout_seconds = 300.0
 [sampling]
 max_tokens = 16
 [rewards]
@@ -43,7 +43,7 @@ weights = {{ "tests.slurm.length_reward" = 1.0 }}
 every = 2
 """
 STEPS = 28
-STALL_MINUTES = 0.3
+STALL_MINUTES = 0.5
 SAME, SUCCESSOR, OVER = "the job goes on", "its successor goes on", "the chain is over"
 
 
@@ -90,7 +90,7 @@ class Story:
 
     def signal_server(self, signal: str, job: str) -> None:
         [node] = self.run.nodes(job)["rollout"]
-        subprocess.run(["pkill", f"-{signal}", "-f", f"^[^ ]*/python -m megatron_r1.rollout.vllm_serve .*--host {node} "], check=True)
+        subprocess.run(["pkill", f"-{signal}", "-f", f"^[^ ]*/python -m megatron_r1.rollout.vllm_serve .*--host {node}( |$)"], check=True)
 
 
 def tell(cluster: Cluster) -> Story:
