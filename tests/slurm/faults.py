@@ -23,8 +23,7 @@ timeout_minutes = 5
 [optimizer]
 lr = 1e-3
 [data]
-reasoning_gym = "chain_sum"
-size = 64
+jsonl = "{folder}/problems.jsonl"
 [batch]
 problems = 2
 completions = 4
@@ -95,7 +94,8 @@ class Story:
 
 def tell(cluster: Cluster) -> Story:
     """Everything that happens, in its order."""
-    (cluster.folder / "grpo.toml").write_text(CONFIG.format(model=ROOT / "configs/models/tiny_v3", steps=STEPS))
+    (cluster.folder / "problems.jsonl").write_text("".join(f'{{"prompt": "{i} + {i}", "answer": "{2 * i}"}}\n' for i in range(64)))
+    (cluster.folder / "grpo.toml").write_text(CONFIG.format(folder=cluster.folder, model=ROOT / "configs/models/tiny_v3", steps=STEPS))
     story = Story(cluster, Run(cluster, "faulty"), Run(cluster, "unbroken"))
     job = signals(story)
     job = lost_nodes(story, job)
