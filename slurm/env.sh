@@ -46,11 +46,11 @@ step() {
   if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@"; echo; else exec "$@"; fi
 }
 
-# train STAGE HOST,HOST,... ARG...: the trainer step, one rank a GPU
+# train STAGE HOST,HOST,... RANKS_PER_NODE ARG...: the trainer step
 train() {
-  local stage=$1 nodes=$2
-  shift 2
-  MASTER_ADDR=${nodes%%,*} step "$stage" "$nodes" "$GPUS" --kill-on-bad-exit=1 --wait=60 \
+  local stage=$1 nodes=$2 per=$3
+  shift 3
+  MASTER_ADDR=${nodes%%,*} step "$stage" "$nodes" "$per" --kill-on-bad-exit=1 --wait=60 \
     bash slurm/rank.sh "$PYTHON" -m megatron_r1 "$stage" "$@"
 }
 
@@ -117,7 +117,8 @@ successor() {
   fi
   if [ -e "$RUN/stop" ]; then say "$RUN/stop is there: delete it to go on"; exit 0; fi
   local now was=- idle=0
-  now=$(cat "$RUN/checkpoints/latest" 2>/dev/null || echo none)
+  now=$(cat "$RUN/checkpoints/latest" 2>/dev/null || find "$RUN" -maxdepth 2 -regex '.*/\(conversations\|samples\).jsonl' -printf %s)
+  now=${now:-none}
   read -r was idle 2>/dev/null <"$RUN/chain" || true
   if [ "$now" = "$was" ]; then idle=$((idle + 1)); else idle=0; fi
   echo "$now $idle" >"$RUN/chain"

@@ -6,6 +6,7 @@ disturbed, on one node with its server beside it, in the time in which this one 
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass, field
 
@@ -17,6 +18,8 @@ reference_refresh_steps = 4
 [model]
 path = "{model}"
 init = "random"
+[kernels]
+transformer_impl = "local"  # though a driver is there, for preflight
 [parallel]
 expert_model_parallel_size = 2
 timeout_minutes = 5
@@ -145,7 +148,8 @@ def time_limit(story: Story, job: str) -> str | None:
     story.keep("server killed", job, SAME)
     story.signal_ranks("STOP")
     story.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=15")
-    story.submit(story.unbroken, PLACEMENT="colocated", TRAIN_NODES="1", SBATCH_GPUS_PER_NODE="2", NODES="1")
+    alone = {"PLACEMENT": "colocated", "TRAIN_NODES": "1", "SBATCH_GPUS_PER_NODE": "2", "NODES": "1"}
+    story.submit(story.unbroken, **alone, PATH=os.environ["PATH"])  # without a driver, with which colocated servers take weights by ipc
     run.wait_text("USR1: save and end", job)
     story.signal_ranks("CONT")
     return story.note("time limit near", job)
