@@ -21,7 +21,7 @@ class Section(BaseModel):
 
 class Run(Section):
     dir: str = "runs/default"  # everything the run writes
-    stall_minutes: Annotated[float, Field(ge=0.0)] = 0.0  # no new step for so long: every rank logs its stacks and ends; 0 = wait
+    stall_minutes: Annotated[float, Field(ge=0.0)] = 0.0  # no step for so long after the first: all ranks log stacks and end; 0 = wait
     seed: NonNegative = 1
     gpu_hour_price: Annotated[float, Field(ge=0.0)] = 2.0  # US$; the paper's for an H800 (arXiv 2501.12948v2, table 7)
 

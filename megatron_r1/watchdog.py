@@ -13,7 +13,10 @@ GRACE_SECONDS = 10.0  # between the stacks and the end
 
 
 class Watchdog:
-    """Fed once a step. After `minutes` without food: the stacks of all threads to standard error, then the end by SIGALRM; 0 = never."""
+    """Fed once a step, from the first one: a start has limits of its own.
+
+    After `minutes` without food: the stacks of all threads to standard error, then the end by SIGALRM; 0 = never.
+    """
 
     def __init__(self, minutes: float) -> None:
         self.seconds = 60.0 * minutes

@@ -46,11 +46,11 @@ step() {
   if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@"; echo; else exec "$@"; fi
 }
 
-# train STAGE HOST,HOST,... ARG...: the trainer step, one rank a GPU
+# train STAGE HOST,HOST,... RANKS_PER_NODE ARG...: the trainer step
 train() {
-  local stage=$1 nodes=$2
-  shift 2
-  MASTER_ADDR=${nodes%%,*} step "$stage" "$nodes" "$GPUS" --kill-on-bad-exit=1 --wait=60 \
+  local stage=$1 nodes=$2 per=$3
+  shift 3
+  MASTER_ADDR=${nodes%%,*} step "$stage" "$nodes" "$per" --kill-on-bad-exit=1 --wait=60 \
     bash slurm/rank.sh "$PYTHON" -m megatron_r1 "$stage" "$@"
 }
 
@@ -84,7 +84,7 @@ examine() {
 
 # preflight NEEDED: leaves in HOSTS the nodes that pass; ends the job when fewer than NEEDED do
 preflight() {
-  local all=("${HOSTS[@]}") bad floor=${NODE_GBPS:-}
+  local all=("${HOSTS[@]}") bad why floor=${NODE_GBPS:-}
   examine preflight 1 timeout 120 bash slurm/preflight.sh "$GPUS" "$PYTHON"
   if [ -z "$floor" ] && { command -v nvidia-smi >/dev/null || [ -n "${DRY_RUN:-}" ]; }; then floor=50; fi
   if [ "${floor:-0}" != 0 ] && [ "${#HOSTS[@]}" != 0 ]; then
@@ -93,8 +93,8 @@ preflight() {
   if [ -n "${DRY_RUN:-}" ]; then return; fi
   bad=$(comm -23 <(printf '%s\n' "${all[@]}" | sort) <(printf '%s\n' "${HOSTS[@]}" | sort) | paste -sd,)
   if [ -n "$bad" ]; then
-    grep -hs '^bad ' "$LOG"/{preflight,allreduce}-*.log || say "no answer, or other versions than most: see $LOG/preflight-*.log"
-    say "bad nodes: $bad"
+    why=$(cat "$LOG"/{preflight,allreduce}-*.log 2>/dev/null | grep '^bad ' || true)
+    say "bad nodes: $bad: ${why:-no answer, or other versions than most, see $LOG/preflight-*.log}"
     if [ -n "${NEXT:-}" ]; then scontrol update JobId="$NEXT" ExcNodeList="$bad"; fi
   fi
   if [ "${#HOSTS[@]}" -lt "$1" ]; then say "only ${#HOSTS[@]} of the $1 nodes that are needed are healthy"; exit 1; fi
@@ -117,7 +117,8 @@ successor() {
   fi
   if [ -e "$RUN/stop" ]; then say "$RUN/stop is there: delete it to go on"; exit 0; fi
   local now was=- idle=0
-  now=$(cat "$RUN/checkpoints/latest" 2>/dev/null || echo none)
+  now=$(cat "$RUN/checkpoints/latest" 2>/dev/null || find "$RUN" -maxdepth 2 -regex '.*/\(conversations\|samples\).jsonl' -printf %s)
+  now=${now:-none}
   read -r was idle 2>/dev/null <"$RUN/chain" || true
   if [ "$now" = "$was" ]; then idle=$((idle + 1)); else idle=0; fi
   echo "$now $idle" >"$RUN/chain"

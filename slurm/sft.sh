@@ -9,10 +9,11 @@
 #   TRAIN_NODES=16 sbatch -J cold_start --nodes=17 slurm/sft.sh configs/r1_cold_start_sft.toml [section.key=value ...]
 . "${SLURM_SUBMIT_DIR:-$PWD}/slurm/env.sh"
 TRAIN_NODES=${TRAIN_NODES:-${#HOSTS[@]}}
+given=("$@")
 set -- "$@" run.dir="$RUN" parallel.world_size=$((TRAIN_NODES * GPUS))
 if [ "${#HOSTS[@]}" -lt "$TRAIN_NODES" ]; then refuse "TRAIN_NODES = $TRAIN_NODES: the job has ${#HOSTS[@]} nodes; raise --nodes"; fi
 plan sft "$@"
-successor slurm/sft.sh "${@:1:$#-2}"
+successor slurm/sft.sh "${given[@]}"
 preflight "$TRAIN_NODES"
-(train sft "$(join "${HOSTS[@]:0:TRAIN_NODES}")" "$@") & T=$!
+(train sft "$(join "${HOSTS[@]:0:TRAIN_NODES}")" "$GPUS" "$@") & T=$!
 supervise

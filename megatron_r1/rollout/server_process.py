@@ -160,12 +160,8 @@ class ServerProcess:
     def start(self) -> None:
         """Start the server in a process group of its own; ValueError if the port is taken."""
         assert not self.alive, f"{self.url=} runs already"
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((self.host, self.port))
-            except OSError as error:
-                raise ValueError(f"port {self.port}: in use ({error.strerror}); end the process that holds it or take another") from error
+        if error := self.port_error():
+            raise ValueError(f"port {self.port}: in use ({error}); end the process that holds it or take another")
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as log:
             self.log_start = log.tell()
@@ -174,6 +170,16 @@ class ServerProcess:
                 self.argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=die_with_parent
             )
         self.started = time.monotonic()
+
+    def port_error(self) -> str | None:
+        """Why the port cannot be taken now, or None."""
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what is left of a dead server's connections is no hindrance
+            try:
+                probe.bind((self.host, self.port))
+            except OSError as error:
+                return error.strerror
+        return None
 
     def wait_ready(self, limit_seconds: float) -> float:
         """Block until /health answers; returns the seconds since `start`. ValueError if the server ends or the limit runs out."""
@@ -221,6 +227,9 @@ class ServerProcess:
     def restart(self) -> None:
         """Start again on the same port; the new server has no weights until the trainer sends them."""
         self.stop()
+        limit = time.monotonic() + GRACE_SECONDS
+        while self.port_error() and time.monotonic() < limit:  # the engine has the port too, and ends a moment later
+            time.sleep(POLL_SECONDS)
         self.start()
 
     def last_words(self) -> str:

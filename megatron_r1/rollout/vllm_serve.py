@@ -5,8 +5,12 @@ vLLM's command line asks for the version of a distribution called vllm; the CPU 
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
+from functools import partial
 from importlib import metadata
+
+from megatron_r1.rollout.server_process import is_cpu_build
 
 stock_version = metadata.version
 
@@ -23,6 +27,11 @@ def version(distribution_name: str) -> str:
 
 def main() -> None:
     metadata.version = version
+    if is_cpu_build():
+        from vllm.utils import system_utils
+
+        # vLLM spawns its engine where OpenMP may have threads; here it has one, and a fork need not import vLLM once more (10 s of CPU)
+        system_utils.get_mp_context = partial(multiprocessing.get_context, "fork")
     from vllm.entrypoints.cli.main import main as vllm_main
 
     sys.argv = ["vllm", "serve", *sys.argv[1:]]

@@ -62,7 +62,6 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
     parallel = checks.layout(config)
     distributed.init(parallel, seed=config.run.seed, timeout_minutes=config.parallel.timeout_minutes)
     watchdog = Watchdog(config.run.stall_minutes)
-    watchdog.feed()
     folder = Path(config.run.dir)
     stop = StopRequest(folder / STOP if distributed.rank() == 0 else None)
     lock = None

@@ -37,11 +37,11 @@ def main(config: GRPOConfig) -> None:
             metrics.log(0, common.held_out_record(config, parts))
 
     while policy.step < config.steps:
-        parts.watchdog.feed()
         before, watch = policy.step, Stopwatch()
         cursor = problems.state_dict()
         with watch.phase("sync"):
             parts.fleet.sync()
+        parts.watchdog.feed()
         samples, sampled = roll_out(config, parts, watch=watch)
         if not samples:
             problems.load_state_dict(cursor)  # this rollout is not trained on; a resumed run samples it again

@@ -68,7 +68,7 @@ class Cluster:
         assert not check or found.returncode == 0, f"{argv}: {found.stdout}{found.stderr}"
         return (found.stdout + found.stderr).strip()
 
-    def wait(self, condition: Callable[[], Any], what: str, *, seconds: float = 180.0) -> Any:
+    def wait(self, condition: Callable[[], Any], what: str, *, seconds: float = 400.0) -> Any:
         """The first true value of `condition`."""
         limit = time.monotonic() + seconds
         while not (value := condition()):
@@ -106,8 +106,8 @@ class Run:
         """Until the chain is over."""
         self.cluster.wait(lambda: not self.jobs(), f"the end of {self.name}")
 
-    def wait_text(self, text: str) -> None:
-        self.cluster.wait(lambda: text in self.output(), f"{text!r} of {self.name}")
+    def wait_text(self, text: str, job: str | None = None) -> None:
+        self.cluster.wait(lambda: text in self.output(job), f"{text!r} of {self.name}")
 
     def successor_of(self, job: str) -> str | None:
         """The job that runs after this one; None when the chain is over instead."""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stands in for python where a test is about the jobs alone: `stub.sh -m megatron_r1 COMMAND ...`. What a container was given, and
-# what each command was, is left in RUN; the trainer's first rank waits for the others, and while there is a file `hold`.
+# what each command was, is left in RUN; the trainer's first rank waits for the others, and while there is a file `hold` for `stop`.
 set -euo pipefail
 shift 2
 mkdir -p "$RUN/ranks" "$RUN/checkpoints"
@@ -18,7 +18,10 @@ case $1 in
   *)
     touch "$RUN/ranks/$RANK"
     if [ "$RANK" != 0 ]; then exit; fi
-    while [ "$(find "$RUN/ranks" -type f | wc -l)" -lt "$WORLD_SIZE" ] || [ -e "$RUN/hold" ]; do sleep 0.2; done
+    while [ "$(find "$RUN/ranks" -type f | wc -l)" -lt "$WORLD_SIZE" ] || [ -e "$RUN/hold" ]; do
+      if [ -e "$RUN/stop" ]; then exit; fi
+      sleep 0.2
+    done
     echo "$WORLD_SIZE ranks" | tee "$RUN/done"
     ;;
 esac

@@ -42,6 +42,19 @@ def test_256_ranks_and_31_servers_of_a_job_of_512_gpus_start_within_30_seconds_a
     assert seconds < 30.0
 
 
+def test_a_stop_file_ends_the_chain_and_keeps_the_next_job_from_starting(cluster, run):
+    (run.folder / "hold").touch()
+    job = run.submit("slurm/sft.sh", "a.toml", nodes=2, PYTHON=STUB)
+    cluster.wait(lambda: len(list(run.folder.glob("ranks/*"))) == 2, "2 ranks")
+    (run.folder / "stop").touch()
+    run.wait_end()
+    assert run.end_of(job) == "COMPLETED 0"
+    assert not (run.folder / "done").exists()
+    job = run.submit("slurm/sft.sh", "a.toml", nodes=2, PYTHON=STUB)
+    run.wait_end()
+    assert f"{run.folder}/stop is there: delete it to go on" in run.output(job)
+
+
 def test_every_command_of_a_job_runs_in_its_container(cluster, run):
     (run.folder / "bin").mkdir()
     (run.folder / "bin/python").symlink_to(STUB)

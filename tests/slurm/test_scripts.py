@@ -12,6 +12,7 @@ import pytest
 from cluster import HERE, ROOT, require
 
 from megatron_r1 import checks, cluster, config
+from megatron_r1.models import kernels
 
 SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), *HERE.glob("*.sh"), HERE / "nvidia-smi"])
 JOBS = {"grpo": "configs/tiny_grpo.toml", "sft": "configs/tiny_sft.toml", "convert": "hf-to-megatron in out"}
@@ -78,6 +79,14 @@ def test_a_dry_run_names_every_server_of_a_node_and_one_of_a_group_of_nodes():
 def test_a_dry_run_of_a_colocated_job_serves_where_it_trains():
     shown = dry_run("slurm/grpo.sh", "a.toml", NODES="3", TRAIN_NODES="2", PLACEMENT="colocated")
     assert "train node001 node002 | rollout node001 node002 | spare node003" in shown
+    assert "rollout.placement=colocated" in step(shown, "grpo")
+
+
+@pytest.mark.parametrize("stage", ["eval", "reject"])
+def test_a_dry_run_of_a_stage_without_a_trainer_is_one_process_beside_the_servers(stage):
+    shown = dry_run("slurm/grpo.sh", "a.toml", STAGE=stage, NODES="3", ROLLOUT_NODES="3", GPUS="8")
+    assert {"--nodelist=node001", "--ntasks=1", stage, "parallel.world_size=1"} <= set(step(shown, stage))
+    assert {"--ntasks=3", "serve", stage} <= set(step(shown, "rollout"))
 
 
 def test_a_dry_run_puts_every_step_into_the_container():
@@ -137,6 +146,7 @@ def test_a_preset_fits_the_job_that_its_first_lines_say_to_submit(name, tmp_path
         (model / file).touch()
     data = "conversations" if stage == "sft" else "jsonl"
     monkeypatch.setattr(checks, "has_gpu", lambda: True)
+    monkeypatch.setattr(kernels, "is_installed", lambda name: True)
     local = [f"run.dir={tmp_path}/run", f"model.path={model}", f"data.{data}={model}/data.jsonl"]
     assert cluster.plan([stage, str(ROOT / command[4]), *overrides, *local]) == 0
     assert f"{8 * int(settings['TRAIN_NODES'])} trainer ranks" in capsys.readouterr().out
