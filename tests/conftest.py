@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,3 +43,9 @@ def server(tmp_path_factory) -> Iterator[RealServer]:
     finally:
         engine.close()
         process.stop()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Megatron's CPU adaptation changes torch, and would change what transformers computes here: tests import it on ranks alone."""
+    if "megatron.core" in sys.modules:
+        raise pytest.UsageError("a test file imports megatron, itself or through megatron_r1.mcore or .stages; see tests/ranks.py")
