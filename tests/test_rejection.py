@@ -319,7 +319,7 @@ def test_a_mistake_in_the_config_is_one_line_that_says_what_to_do(site: Site, ov
 
 def talkative(folder: Path) -> Path:
     """A tiny V3 with random weights that ends what it says, sooner or later."""
-    torch.manual_seed(3)
+    torch.manual_seed(2)  # four in five of its likeliest completions end within 40 tokens
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(TINY))).eval()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
