@@ -180,7 +180,8 @@ dir = "{folder}/run"
 path = "{model}"
 init = "random"
 [optimizer]
-lr = 2e-3
+lr = 1e-3
+lr_warmup_steps = 4
 [data]
 held_out = 32
 [evaluation]
@@ -197,14 +198,14 @@ def write_preferences(file: Path, kind: str, *, count: int = 224) -> None:
     rng = random.Random(0)
     with file.open("w") as lines:
         for _ in range(count):
-            prompt, thought, digit = f"number {rng.randint(10, 99)}?", rng.randint(0, 9), rng.randint(0, 9)
+            prompt, thought = f"number {rng.randint(10, 99)}?", rng.randint(0, 9)
             if kind == "pairwise":
                 low, high = sorted(rng.sample(range(10), 2))
                 row = {"prompt": prompt, **{n: f"<think>{thought}</think>so {d}" for n, d in (("chosen", high), ("rejected", low))}}
             else:
                 messages = [{"role": "user", "content": prompt}]
                 label = "safe" if thought >= 5 else "unsafe"
-                row = {"messages": messages, "response": f"<think>so {thought}</think>{digit}", "label": label}
+                row = {"messages": messages, "response": f"<think>{str(thought) * 4}</think>ok", "label": label}
             lines.write(json.dumps(row) + "\n")
 
 
@@ -233,7 +234,7 @@ def test_a_head_learns_to_tell_answers_apart_that_it_has_not_seen(kind: str, tmp
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     first, *_, last = records(tmp_path)
-    assert first["eval/accuracy"] < 0.75
+    assert first["eval/accuracy"] < 0.8
     assert last["eval/accuracy"] >= 0.9, output
     assert last["eval/loss"] < 0.4 < first["eval/loss"]
     assert last["step"] == 36
