@@ -15,10 +15,13 @@ from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Requ
 
 
 class FakeEngine:
-    """Answers with the request's seed as its only token; loses its servers in the calls numbered in `lose`."""
+    """Answers with the request's seed as its only token; loses its servers in the calls numbered in `lose`.
 
-    def __init__(self, lose: Sequence[int]) -> None:
-        self.lose, self.calls, self.updates, self.asked = lose, 0, [], []
+    Of the updates it loses the first `updates_to_lose`, half way.
+    """
+
+    def __init__(self, lose: Sequence[int], *, updates_to_lose: int = 0) -> None:
+        self.lose, self.updates_to_lose, self.calls, self.updates, self.asked = lose, updates_to_lose, 0, [], []
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams, *, stop: Callable[[], bool]
@@ -32,8 +35,11 @@ class FakeEngine:
             raise EngineLost("gone", missing=[request.key for request in requests[1:]])
 
     def update_weights(self, weights: Iterable[Any], version: int) -> None:
-        assert list(weights) == ["w"]
         self.updates.append(version)
+        if len(self.updates) <= self.updates_to_lose:
+            next(iter(weights))
+            raise EngineLost("gone in the middle")
+        assert list(weights) == ["w", "x"]
 
     def canary(self, token_ids: Sequence[int], logprobs: Sequence[float], *, tolerance: float) -> float:
         assert len(logprobs) == len(token_ids) - 1
@@ -44,14 +50,19 @@ class FakePolicy:
     version, count_multiple = 3, 1
 
     def hf_weights(self) -> Iterator[str]:
-        return iter(["w"])
+        """Every rank takes part in making each."""
+        from megatron_r1.mcore import distributed
+
+        for name in ("w", "x"):
+            distributed.any_rank(False)
+            yield name
 
     def attach_logprobs(self, microbatches: list[Any], which: str, *, temperature: float) -> None:
         for m in microbatches:
             m.old_logprobs_T = m.loss_mask_T * -1.0
 
 
-def rollout_of(rank_that_loses: int, lose: Sequence[int], tensor: int) -> dict[str, Any]:
+def rollout_of(rank_that_loses: int, lose: Sequence[int], tensor: int, updates_to_lose: int = 0) -> dict[str, Any]:
     """On each rank: six problems over the data-parallel ranks, two completions each."""
     from megatron_r1.mcore import distributed
     from megatron_r1.packing import TokenSequence, pack
@@ -61,7 +72,8 @@ def rollout_of(rank_that_loses: int, lose: Sequence[int], tensor: int) -> dict[s
 
     distributed.init(Parallel(tensor_model_parallel_size=tensor), seed=1)
     try:
-        engine = FakeEngine(lose if distributed.rank() == rank_that_loses else ())
+        loses = distributed.rank() == rank_that_loses
+        engine = FakeEngine(lose if loses else (), updates_to_lose=updates_to_lose if loses else 0)
         [canary] = pack([TokenSequence(ids=[5, 6, 7], learned=[1, 1, 1])], [[0]])
         fleet = Fleet(engine, FakePolicy(), canary=canary, tolerance=1.0, seed=1)
         problems = [(Problem(i, str(i), ""), [i, i]) for i in range(6)][distributed.dp_rank() :: distributed.dp_size()]
@@ -100,6 +112,12 @@ def test_a_lost_server_gets_the_weights_again_and_only_the_lost_requests():
     assert first["asked"] == [[0, 1, 2]], "a rank that lost nothing samples nothing twice"
     assert len(first["tokens"]) == 12
     assert sorted(second["seen"]) == sorted([1, 1, 3, 3, 5, 5]), "each sample is verified once"
+
+
+def test_a_server_that_dies_while_it_is_sent_weights_costs_one_more_update():
+    first, second = run_ranks(2, rollout_of, 0, (), 1, 1)
+    assert first["updates"] == second["updates"] == [3, 3], "every rank goes through the weights twice"
+    assert len(first["tokens"]) == 12
 
 
 def lose_for_ever() -> str:

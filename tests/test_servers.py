@@ -247,6 +247,19 @@ def test_waiting_for_servers_ends_at_its_limit_and_names_the_missing(stub, clien
         client(stub().url, url).wait_ready(0.6)
 
 
+def test_a_server_that_dies_in_an_update_is_news_and_the_next_one_starts_anew_on_all(stub, client, tmp_path):
+    living, dying = stub(), stub(update_weights=lambda body: (500, {"error": "engine"}))
+    dying.replies["/health"] = lambda body: (503 if "/update_weights" in dict(dying.asked) else 200, {})
+    engine = client(living.url, dying.url, weight_transfer="file", transfer_folder=tmp_path)
+    with pytest.raises(EngineLost, match="the engine is dead"):
+        engine.update_weights({"a": torch.ones(2)}.items(), 7)
+    dying.replies |= {"/health": lambda body: (200, {}), "/update_weights": lambda body: (200, {})}
+    living.asked.clear()
+    engine.update_weights({"a": torch.ones(2)}.items(), 7)
+    steps = [path for path, _ in living.asked if path not in ("/weight_info", "/health", "/get_world_size")]
+    assert steps[:4] == ["/init_weight_transfer_engine", "/finish_weight_update", "/pause?mode=wait", "/start_weight_update"]
+
+
 def test_an_update_pauses_sends_names_the_version_drops_caches_and_resumes(stub, client, tmp_path):
     sent: dict[str, torch.Tensor] = {}
     server = stub(update_weights=lambda body: sent.update(load_file(tmp_path / body["update_info"]["file"])) or (200, {}))

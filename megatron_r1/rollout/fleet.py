@@ -57,16 +57,34 @@ class Fleet:
         """Send the policy's weights if the servers hold others, and let the canary check what arrived. Collective."""
         if self.has_weights and self.version == self.policy.version:
             return
+        for _ in range(MAX_RECOVERIES + 1):
+            self.has_weights = not distributed.any_rank(self._try_to_sync())
+            if self.has_weights:
+                self.version = self.policy.version
+                return
+        raise EngineError(f"rollout.urls: servers were lost {MAX_RECOVERIES + 1} times in one sync; see their logs in <run.dir>/logs")
+
+    def _try_to_sync(self) -> bool:
+        """Send and check once; whether this rank saw a server die on the way."""
         self.placement.sending()
-        self.engine.update_weights(self.policy.hf_weights(), self.policy.version)
-        self.version, self.has_weights = self.policy.version, True
+        weights, lost = self.policy.hf_weights(), False
+        try:
+            self.engine.update_weights(weights, self.policy.version)
+        except EngineLost:
+            lost = True
+            for _ in weights:  # with the other ranks
+                pass
         self.policy.attach_logprobs([self.canary] * self.policy.count_multiple, "old", temperature=1.0)
         self.placement.sampling()
-        if distributed.rank() == 0:
+        if distributed.rank() == 0 and not lost:
             length = int(self.canary.cu_seqlens[1])
             tokens = self.canary.tokens_T[:length].tolist()
             logprobs = self.canary.old_logprobs_T[: length - 1].tolist()
-            self.canary_gap = self.engine.canary(tokens, logprobs, tolerance=self.tolerance)
+            try:
+                self.canary_gap = self.engine.canary(tokens, logprobs, tolerance=self.tolerance)
+            except EngineLost:
+                lost = True
+        return lost
 
     def generate(
         self,

@@ -17,16 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_r1.rollout import openai_api, wire
+from megatron_r1.rollout import openai_api, tokens_api, wire
 from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, SamplingParams, never
 from megatron_r1.rollout.servers import NotReady, ServerDown, Servers
 from megatron_r1.rollout.weight_transfer import make_sender
 from megatron_r1.weights import fp8
 
-TOKENS_PATH = "/inference/v1/generate"
 BUCKET_BYTES = 256 << 20
 STOP_SECONDS = 1.0  # how often to ask whether to stop
-NO_VERSION = -1  # a server's own weights, before any update
 Group = tuple[int, list[Completion]]
 
 
@@ -60,6 +58,7 @@ class VLLMServers:
         self.bucket_bytes = BUCKET_BYTES
         self.version: int | None = None  # what this client last sent
         self.models: dict[str, str] = {}  # servers that have OpenAI's API alone, and what they call their model
+        self.interrupted = False  # whether the last update ended with a server's death
         self.lost: list[str] = []  # servers that did not come back in time, as when their node is gone
 
     def wait_ready(self, limit_seconds: float) -> None:
@@ -72,7 +71,7 @@ class VLLMServers:
         names = {}
         for url in self.servers.urls:
             schema = await self.servers.call(url, "/openapi.json", method="GET")
-            if TOKENS_PATH not in schema["paths"]:
+            if tokens_api.PATH not in schema["paths"]:
                 names[url] = (await self.servers.call(url, "/v1/models", method="GET"))["data"][0]["id"]
         return names
 
@@ -144,29 +143,41 @@ class VLLMServers:
                 body, read = openai_api.body(request, sampling, model=self.models[url]), openai_api.completion
                 reply = await self.servers.call(url, openai_api.PATH, body)
             else:
-                body, read = generate_body(request, sampling), completion
-                reply = await self.servers.call(url, TOKENS_PATH, body)
+                body, read = tokens_api.body(request, sampling), tokens_api.completion
+                reply = await self.servers.call(url, tokens_api.PATH, body)
         except ServerDown:
             return None
         completions = [read(choice, url) for choice in sorted(reply["choices"], key=lambda choice: choice["index"])]
         assert len(completions) == sampling.n, f"{url=} {request.key=} {len(completions)=}"
-        if not self.own_weights and any(c.weight_version == NO_VERSION for c in completions):
+        if not self.own_weights and any(c.weight_version == tokens_api.OWN_WEIGHTS for c in completions):
             return None
         return completions
 
     def update_weights(self, weights: Iterable[wire.Named], version: int) -> None:
-        """Every rank calls it, for `weights` may be a collective. A failed update leaves the servers paused: none samples from it."""
+        """Every rank calls it, for `weights` may be a collective. A failed update leaves the servers paused: none samples from it.
+
+        EngineLost when a server died on the way: what `weights` has left is the caller's to go through, before it calls again.
+        """
         if self.sender is None:
             for _ in weights:
                 pass
         elif self.rank == 0:
-            self._update(weights, version)
+            try:
+                self._update(weights, version)
+            except EngineError as error:  # it may be of another server, to which the dead one was a peer
+                if not isinstance(error, ServerDown) and all(self.servers.submit(self._answering(self.servers.urls)).result()):
+                    raise
+                self.version, self.interrupted = None, True
+                raise EngineLost(str(error)) from error
         else:
             self.sender.connect([])
             self._send(weights)
 
     def _update(self, weights: Iterable[wire.Named], version: int) -> None:
         self._reconnect()
+        if self.interrupted:  # servers that lived may still be in the middle of it; the others refuse
+            self._tell("/finish_weight_update", {"weight_version": str(tokens_api.OWN_WEIGHTS)}, harmless=EngineError)
+            self.interrupted = False
         self.servers.all(f"/pause?mode={self.pause}").result()
         self.servers.all("/start_weight_update").result()
         self._send(weights)
@@ -223,12 +234,12 @@ class VLLMServers:
     def wake(self, tag: str) -> None:
         self._tell(f"/wake_up?tags={tag}")
 
-    def _tell(self, path: str) -> None:
+    def _tell(self, path: str, body: Any = None, *, harmless: type[EngineError] = ServerDown) -> None:
         """Call the servers that are there: one that died has no memory to give or to get, and starts awake."""
 
         async def tell(url: str) -> None:
-            with contextlib.suppress(ServerDown):
-                await self.servers.call(url, path)
+            with contextlib.suppress(harmless):
+                await self.servers.call(url, path, body)
 
         async def every() -> None:
             await asyncio.gather(*map(tell, self.servers.urls))
@@ -239,7 +250,7 @@ class VLLMServers:
         """Each server's log-probs at temperature 1 of token_ids[1:]."""
         params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
         body = {"token_ids": list(token_ids), "sampling_params": params}
-        replies = self.servers.all(TOKENS_PATH, [body] * len(self.servers.urls)).result()
+        replies = self.servers.all(tokens_api.PATH, [body] * len(self.servers.urls)).result()
         return [
             [entry[str(token)]["logprob"] for token, entry in zip(token_ids[1:], reply["prompt_logprobs"][1:], strict=True)]
             for reply in replies
@@ -248,7 +259,12 @@ class VLLMServers:
     def canary(self, token_ids: Sequence[int], logprobs: Sequence[float], *, tolerance: float) -> float:
         assert len(logprobs) == len(token_ids) - 1 > 0, f"{len(logprobs)=} {len(token_ids)=}"
         largest = 0.0
-        for url, found in zip(self.servers.urls, self.logprobs_of(token_ids), strict=True):
+        try:
+            every = self.logprobs_of(token_ids)
+        except ServerDown as error:
+            self.version = None
+            raise EngineLost(str(error)) from error
+        for url, found in zip(self.servers.urls, every, strict=True):
             gaps = [abs(theirs - ours) for theirs, ours in zip(found, logprobs, strict=True)]
             gaps = [math.inf if math.isnan(gap) else gap for gap in gaps]
             at = max(range(len(gaps)), key=gaps.__getitem__)
@@ -259,28 +275,3 @@ class VLLMServers:
                     f"{tolerance:g}), most at token {at + 1} ({token_ids[at + 1]}): {found[at]:.5f}, the trainer has {logprobs[at]:.5f}"
                 )
         return largest
-
-
-def generate_body(request: Request, sampling: SamplingParams) -> dict[str, Any]:
-    """The JSON of POST to TOKENS_PATH."""
-    params = {
-        "n": sampling.n,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": sampling.max_tokens,
-        "stop_token_ids": list(sampling.stop_token_ids),
-        "ignore_eos": True,  # config.json's own is no stop unless it is among these
-        "seed": request.seed,
-        "logprobs": 0,  # of the sampled token alone
-        "detokenize": False,
-    }
-    return {"token_ids": list(request.token_ids), "sampling_params": params}
-
-
-def completion(choice: dict[str, Any], url: str) -> Completion:
-    """One choice of the answer."""
-    if choice["finish_reason"] not in ("stop", "length"):
-        raise EngineError(f"{url}: a completion ended with {choice['finish_reason']!r}; is another client pausing this server?")
-    versions = [NO_VERSION if span["version"] == "default" else int(span["version"]) for span in choice["weight_versions"]]
-    logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
-    return Completion(choice["token_ids"], logprobs, choice["finish_reason"], min(versions))
