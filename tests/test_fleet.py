@@ -46,16 +46,23 @@ class FakeEngine:
         return 0.5
 
 
-class FakePolicy:
-    version, count_multiple = 3, 1
+class FakeWeights:
+    """As the policy's, each iteration of them begins anew and every rank takes part in making each."""
 
-    def hf_weights(self) -> Iterator[str]:
-        """Every rank takes part in making each."""
+    def __iter__(self) -> Iterator[str]:
         from megatron_r1.mcore import distributed
 
         for name in ("w", "x"):
-            distributed.any_rank(False)
+            made = distributed.gather_from_leaders([name])
+            assert made == [name] * len(made), "the ranks are at the same weight"
             yield name
+
+
+class FakePolicy:
+    version, count_multiple = 3, 1
+
+    def hf_weights(self) -> FakeWeights:
+        return FakeWeights()
 
     def attach_logprobs(self, microbatches: list[Any], which: str, *, temperature: float) -> None:
         for m in microbatches:

@@ -7,7 +7,7 @@ request's seed is its own, so what it samples does not depend on when, where or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -25,7 +25,7 @@ class WeightOwner(Protocol):
     version: int
     count_multiple: int  # of microbatches in one call
 
-    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def hf_weights(self) -> Iterable[tuple[str, torch.Tensor]]: ...
 
     def attach_logprobs(self, microbatches: list[Microbatch], which: str, *, temperature: float) -> None: ...
 
@@ -67,7 +67,7 @@ class Fleet:
     def _try_to_sync(self) -> bool:
         """Send and check once; whether this rank saw a server die on the way."""
         self.placement.sending()
-        weights, lost = self.policy.hf_weights(), False
+        weights, lost = iter(self.policy.hf_weights()), False
         try:
             self.engine.update_weights(weights, self.policy.version)
         except EngineLost:
