@@ -163,8 +163,9 @@ class RejectionConfig(StageConfig):
             raise ValueError("model.path: required where rollout.urls is empty; give the model to sample from, or servers' addresses")
         if bool(self.judge.url) != bool(self.judge.sources):
             raise ValueError(f"judge.url = {self.judge.url!r}, judge.sources = {self.judge.sources}: set both or neither")
+        given = {name for weights in (self.rewards.weights, *self.rewards.by_source.values()) for name in weights}
         for name in self.required:
-            if name not in self.rewards.weights:
+            if name not in given:
                 raise ValueError(f"required.{name}: rewards.weights has no {name!r}; give it a weight, 0.0 will do")
         return self
 
