@@ -80,11 +80,9 @@ def check_layout(config: StageConfig, hf: dict[str, Any]) -> None:
 
 def check_kernels(config: StageConfig, hf: dict[str, Any]) -> None:
     """What is asked of the GPU, Transformer Engine and their companions is here and goes together."""
-    m = config.model
-    trains_mtp = isinstance(config, SFTConfig) and m.mtp_loss_scale > 0
+    m, o = config.model, config.optimizer
     settings = kernels.Kernels(**config.kernels.model_dump())
-    kernels.check(settings, hf, layout(config), dtype=m.dtype, recompute=m.recompute, train_mtp=trains_mtp, has_gpu=has_gpu())
-    o = config.optimizer
+    kernels.check(settings, hf, layout(config), dtype=m.dtype, recompute=m.recompute, has_gpu=has_gpu())
     kernels.check_optimizer(moments_dtype=o.moments_dtype, offload_fraction=o.offload_fraction, dtype=m.dtype, has_gpu=has_gpu())
 
 

@@ -41,7 +41,6 @@ class Kernels(Section):
     transformer_impl: Literal["transformer_engine", "local"] | None = None  # default: Transformer Engine's layers on a GPU
     fp8: Literal["none", "blockwise", "tensorwise", "delayed", "mxfp8"] = "none"  # "blockwise" is V3's
     dispatcher: Literal["alltoall", "deepep", "hybridep"] = "alltoall"  # of tokens to experts
-    overlap_moe_expert_parallel_comm: bool = False  # one microbatch's dispatch beside another one's computation
     rope_fusion: bool = True  # with Transformer Engine's layers
     head_dtype: Literal["model", "float32"] = "model"  # of the output layer's product, in trainer and servers
     recompute_modules: list[Literal["layernorm", "mla_up_proj", "moe_act", "mlp", "moe", "core_attn", "shared_experts"]] = []  # [] = V3's

@@ -146,7 +146,7 @@ def complaint(*, hf: dict[str, Any] = V3, parallel: Parallel = EP2, has_gpu: boo
     """The one line that these settings are refused with; "" where they are not."""
     names = {f.name for f in fields(Kernels)}
     settings = Kernels(**{name: value for name, value in given.items() if name in names})
-    run = {"dtype": "bfloat16", "recompute": "none", "train_mtp": False} | {n: v for n, v in given.items() if n not in names}
+    run = {"dtype": "bfloat16", "recompute": "none"} | {n: v for n, v in given.items() if n not in names}
     try:
         kernels.check(settings, hf, parallel, has_gpu=has_gpu, **run)
     except ValueError as error:
@@ -169,9 +169,6 @@ REFUSED = [
     ({"recompute_modules": ["layernorm"]}, ["kernels.recompute_modules", 'model.recompute = "selective"']),
     ({"recompute_modules": ["moe_act"], "recompute": "selective", "transformer_impl": "local"}, ["moe_act", "grouped experts"]),
     ({"recompute_modules": ["layernorm"], "recompute": "selective", "fp8": "delayed"}, ["layernorm", "delayed"]),
-    ({"overlap_moe_expert_parallel_comm": True}, ["overlap_moe_expert_parallel_comm", "num_nextn_predict_layers = 0"]),
-    ({"overlap_moe_expert_parallel_comm": True, "hf": V3 | NO_MTP, "recompute": "full"}, ["overlap_moe", "selective"]),
-    ({"overlap_moe_expert_parallel_comm": True, "hf": V3 | NO_MTP, "parallel": Parallel()}, ["expert_model_parallel_size = 1"]),
 ]
 
 
@@ -195,7 +192,6 @@ def test_v3_itself_takes_every_fp8_and_every_dispatcher(monkeypatch):
     for recipe in FP8:
         for dispatcher in ("alltoall", "deepep", "hybridep"):
             assert complaint(fp8=recipe, dispatcher=dispatcher, recompute="selective") == ""
-    assert complaint(overlap_moe_expert_parallel_comm=True, hf=V3 | NO_MTP) == ""
 
 
 GENERATIONS = [("blockwise", (10, 0), "mxfp8"), ("mxfp8", (9, 0), "blockwise"), ("delayed", (8, 0), "none")]

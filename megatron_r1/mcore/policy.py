@@ -22,7 +22,6 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import unwrap_model
 
 from megatron_r1.mcore import cpu, reduction
 from megatron_r1.mcore.logprobs import token_logprobs
@@ -202,21 +201,12 @@ class Policy:
             self.config.finalize_model_grads_func = None  # a cycle through backward hooks is never collected
 
     def _forward(
-        self,
-        inputs: Iterator[tuple[Microbatch, PackedSeqParams]],
-        model: torch.nn.Module,
-        return_schedule_plan: bool = False,
-        *,
-        finish: Finish,
-        labels: bool,
-    ) -> tuple[Any, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]]:
-        """Megatron's forward step: one chunk's output for one microbatch, and what turns the last one's into the loss.
-
-        Where expert communication is overlapped Megatron asks for the plan of that forward instead, and runs it itself.
-        """
+        self, inputs: Iterator[tuple[Microbatch, PackedSeqParams]], model: torch.nn.Module, *, finish: Finish, labels: bool
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]]:
+        """Megatron's forward step: one chunk's output for one microbatch, and what turns the last one's into the loss."""
         microbatch, packed = next(inputs)
         targets = {"labels": microbatch.labels_T[None], "loss_mask": microbatch.loss_mask_T[None]} if labels else {}
-        output = (unwrap_model(model).build_schedule_plan if return_schedule_plan else model)(
+        output = model(
             input_ids=microbatch.tokens_T[None],
             position_ids=microbatch.positions_T[None],
             attention_mask=None,

@@ -35,7 +35,6 @@ class Kernels:
     transformer_impl: TransformerImpl | None = None  # None: Transformer Engine's layers where there is CUDA
     fp8: Literal["none", "blockwise", "tensorwise", "delayed", "mxfp8"] = "none"
     dispatcher: Literal["alltoall", "deepep", "hybridep"] = "alltoall"  # of tokens to experts
-    overlap_moe_expert_parallel_comm: bool = False  # one microbatch's dispatch beside another one's computation
     rope_fusion: bool = True  # with Transformer Engine's layers
     head_dtype: Literal["model", "float32"] = "model"  # the output layer's product, from which the log-probs come
     recompute_modules: Sequence[str] = ()  # of recompute = "selective"; none: V3's
@@ -52,15 +51,12 @@ def is_installed(module: str) -> bool:
     return importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
 
 
-def check(
-    kernels: Kernels, hf: dict[str, Any], parallel: Parallel, *, dtype: str, recompute: Recompute, train_mtp: bool, has_gpu: bool
-) -> None:
+def check(kernels: Kernels, hf: dict[str, Any], parallel: Parallel, *, dtype: str, recompute: Recompute, has_gpu: bool) -> None:
     """Raise ValueError with one line for the first setting that cannot work with this model, layout or machine."""
     for name, used in {
         'kernels.transformer_impl = "transformer_engine"': kernels.transformer_impl == "transformer_engine",
         f'kernels.fp8 = "{kernels.fp8}"': kernels.fp8 != "none",
         f'kernels.dispatcher = "{kernels.dispatcher}"': kernels.dispatcher != "alltoall",
-        "kernels.overlap_moe_expert_parallel_comm = true": kernels.overlap_moe_expert_parallel_comm,
     }.items():
         if used and not has_gpu:
             raise ValueError(f"{name}: needs an NVIDIA GPU, and there is none here; leave it out")
@@ -72,7 +68,6 @@ def check(
     _check_recompute(kernels, hf, recompute=recompute, has_gpu=has_gpu)
     _check_fp8(kernels, hf, parallel)
     _check_dispatcher(kernels, hf, parallel)
-    _check_overlap(kernels, hf, parallel, recompute=recompute, train_mtp=train_mtp)
 
 
 def check_optimizer(*, moments_dtype: str, offload_fraction: float, dtype: str, has_gpu: bool) -> None:
@@ -132,24 +127,6 @@ def _check_dispatcher(kernels: Kernels, hf: dict[str, Any], parallel: Parallel) 
         raise ValueError(f"{name}: is not installed here; {INSTALL[module]}")
 
 
-def _check_overlap(kernels: Kernels, hf: dict[str, Any], parallel: Parallel, *, recompute: Recompute, train_mtp: bool) -> None:
-    if not kernels.overlap_moe_expert_parallel_comm:
-        return
-    name = "kernels.overlap_moe_expert_parallel_comm = true"
-    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    for wrong, text in {
-        parallel.expert_model_parallel_size == 1: "there is nothing to overlap with parallel.expert_model_parallel_size = 1; raise that",
-        recompute == "full": 'not with model.recompute = "full"; set "selective" or "none"',
-        stages > 1 and chunks is None: "with pipeline stages Megatron overlaps model chunks; set virtual_pipeline_model_parallel_size",
-        bool(hf.get("num_nextn_predict_layers")): (
-            "Megatron's overlapped schedule packs no sequences through an MTP layer; set num_nextn_predict_layers = 0 in config.json"
-        ),
-    }.items():
-        if wrong:
-            raise ValueError(f"{name}: {text}")
-    assert not train_mtp or not hf.get("num_nextn_predict_layers"), f"{train_mtp=}"
-
-
 def experts(hf: dict[str, Any]) -> int:
     """Routed experts of a layer; families call the field differently."""
     return next((hf[name] for name in ("n_routed_experts", "num_experts", "num_local_experts") if hf.get(name)), 0)
@@ -205,7 +182,6 @@ def arguments(kernels: Kernels, *, rope_type: str | None, has_experts: bool, is_
         "apply_rope_fusion": kernels.rope_fusion and rope_type in (None, "yarn"),  # MLA's fused rotation is YaRN's
         # the output layer is not Transformer Engine's, and needs Apex's kernel for it
         "gradient_accumulation_fusion": is_apex_there,
-        "overlap_moe_expert_parallel_comm": kernels.overlap_moe_expert_parallel_comm,
         **_fp8_arguments(kernels),
         **_dispatcher_arguments(kernels),
     }
