@@ -120,9 +120,14 @@ class Run:
         return None if after == "none" else after
 
     def end_of(self, job: str) -> str:
-        """How a job ended, as `FAILED 75`: its state and the batch script's code."""
-        text = self.cluster.run("scontrol", "show", "job", job)
-        return " ".join(re.search(rf"{field}=(\w+)", text)[1] for field in ("JobState", "ExitCode"))
+        """How a job ended, as `FAILED 75`: its state, once its nodes are free, and the batch script's code."""
+
+        def state() -> str | None:
+            text = self.cluster.run("scontrol", "show", "job", job)
+            found = " ".join(re.search(rf"{field}=(\w+)", text)[1] for field in ("JobState", "ExitCode"))
+            return None if found.startswith("COMPLETING") else found
+
+        return self.cluster.wait(state, f"the end of job {job}")
 
     def output(self, job: str | None = None) -> str:
         """What one job said, or all of them in their order."""
