@@ -110,7 +110,7 @@ def check_data(config: StageConfig) -> None:
         raise ValueError('data.conversations: required for SFT; a JSONL file of {"messages": [...]} lines')
     if isinstance(config, RewardModelConfig) and not Path(config.preferences).is_file():
         raise ValueError(f"preferences = {config.preferences!r}: no such file")
-    if isinstance(config, GRPOConfig) and config.general.jsonl is not None and not Path(config.general.jsonl).is_file():
+    if isinstance(config, GRPOConfig) and config.general.jsonl and not Path(config.general.jsonl).is_file():
         raise ValueError(f"general.jsonl = {config.general.jsonl!r}: no such file")
 
 

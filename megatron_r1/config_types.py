@@ -100,7 +100,7 @@ class Data(Section):
 class General(Section):
     """Prompts without an answer, for reward models, beside those of `data` in R1's second RL stage."""
 
-    jsonl: str | None = None  # a file of {"prompt", "source"} lines; the source decides the rewards
+    jsonl: str = ""  # a file of {"prompt", "source"} lines, whose source decides the rewards; "" = no such prompts
     from_step: NonNegative = 0  # the first optimizer step on them (R1: in the last 400 of 1,700 alone)
     share: Share = 0.45  # of a batch from then on; unpublished, this is their part of the prompts of Table 4 (66K of 146K)
 

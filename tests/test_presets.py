@@ -53,7 +53,7 @@ PAPER: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "r1_rejection": ("reject", {"required": {"accuracy": 1.0}, "filters.allows_code_blocks": False}),
     "r1_sft": ("sft", SFT | {"steps": 2 * 804_745 // 128 + 2}),  # two epochs of Table 5, in whole steps
-    "r1_rl_stage2": ("grpo", RL | {"steps": 1700, "sampling.temperature": 0.7}),
+    "r1_rl_stage2": ("grpo", RL | {"steps": 1700, "sampling.temperature": 0.7, "general.from_step": 1300}),
 }
 STUDENTS = {  # Table 6: the initial learning rate
     "qwen_1_5b": ("Qwen2.5-Math-1.5B", 1e-4),

@@ -19,7 +19,7 @@ def load_problems(config: StageConfig) -> tuple[Mixture, list[Problem]]:
     problems = data.load_problems(**d.problems(), seed=seed)
     train, held_out = data.split_held_out(problems, d.held_out, seed=seed)
     reasoning = data.Dataset(train, seed=seed)
-    if not isinstance(config, GRPOConfig) or (g := config.general).jsonl is None:
+    if not isinstance(config, GRPOConfig) or not (g := config.general).jsonl:
         return Mixture(reasoning), held_out
     general = data.Dataset(load_general(g.jsonl, first_id=len(problems)), seed=seed)
     return Mixture(reasoning, general, general_count=round(g.share * config.batch.problems), from_step=g.from_step), held_out

@@ -106,6 +106,8 @@ def of_stage(config: PipelineConfig, stage: Stage) -> Iterator[Job]:
     edges = [f"run.dir={root / stage.name}", f"run.seed={config.seed}", f"model.path={model}"]
     if conversations := given.get(stage.conversations, stage.conversations and str(root / stage.conversations / CONVERSATIONS)):
         edges.append(f"data.conversations={conversations}")
+    if config.problems and stage.command != "sft":
+        edges.append(f"data.jsonl={config.problems}")
     yield Job(stage.name, stage.command, config.stages[stage.name], tuple(edges), root / stage.name)
     if stage.makes and config.evaluation:
         yield evaluation(config, stage.name, str(root / stage.name / MODEL), measures=stage.makes)
@@ -114,8 +116,10 @@ def of_stage(config: PipelineConfig, stage: Stage) -> Iterator[Job]:
 def evaluation(config: PipelineConfig, name: str, model: str, *, measures: str) -> Job:
     """The evaluation of one model."""
     folder = Path(config.dir) / "evaluation" / name
-    overrides = (f"run.dir={folder}", f"run.seed={config.seed}", f"model.path={model}")
-    return Job(f"evaluation of {measures}", "eval", config.evaluation, overrides, folder, measures)
+    overrides = [f"run.dir={folder}", f"run.seed={config.seed}", f"model.path={model}"]
+    if config.problems:
+        overrides.append(f"data.jsonl={config.problems}")
+    return Job(f"evaluation of {measures}", "eval", config.evaluation, tuple(overrides), folder, measures)
 
 
 def table(tested: list[Job]) -> Table:
