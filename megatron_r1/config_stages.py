@@ -211,7 +211,7 @@ class PipelineConfig(Section):
     seed: NonNegative = 1  # of every stage
     base_model: str  # the base model's Hugging Face folder
     student: str = ""  # the model that the distillation trains
-    problems: str = ""  # the data.jsonl of every stage that samples; "" = their configs name it
+    problems: str = ""  # the data.jsonl of every stage; "" = their configs name it
     cold_start: str = ""  # the conversations of the first SFT; "" = its config names them
     stages: dict[str, str]  # name of the graph -> its config; those that are not here are left out
     evaluation: str = ""  # a config of `eval`, run on the base model and on what each stage makes; "" = no evaluation

@@ -48,6 +48,11 @@ def test_each_stage_begins_from_what_the_paper_says(tmp_path: Path):
     }
 
 
+def test_problems_are_those_of_every_stage_and_evaluation(tmp_path: Path):
+    jobs = pipeline.jobs(settings(tmp_path, problems="p.jsonl", evaluation="e.toml"))
+    assert all("data.jsonl=p.jsonl" in job.overrides for job in jobs)
+
+
 def test_every_model_is_evaluated_once_it_is_there(tmp_path: Path):
     names = [job.name for job in pipeline.jobs(settings(tmp_path, evaluation="e.toml"))]
     made = ["Base", "R1-Zero", "Dev1", "Dev2", "Dev3", "R1", "student"]

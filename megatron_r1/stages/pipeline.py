@@ -106,7 +106,7 @@ def of_stage(config: PipelineConfig, stage: Stage) -> Iterator[Job]:
     edges = [f"run.dir={root / stage.name}", f"run.seed={config.seed}", f"model.path={model}"]
     if conversations := given.get(stage.conversations, stage.conversations and str(root / stage.conversations / CONVERSATIONS)):
         edges.append(f"data.conversations={conversations}")
-    if config.problems and stage.command != "sft":
+    if config.problems:
         edges.append(f"data.jsonl={config.problems}")
     yield Job(stage.name, stage.command, config.stages[stage.name], tuple(edges), root / stage.name)
     if stage.makes and config.evaluation:
