@@ -189,7 +189,7 @@ def test_a_run_goes_on_at_another_layout_with_the_same_losses(loop, unbroken):
         assert found[step] == (pytest.approx(loss, rel=1e-3, abs=1e-5), pytest.approx(norm, rel=1e-3)), f"{step=}"
 
 
-def test_dapo_with_extra_rollouts_and_a_corrected_sampler_goes_on_bitwise_equal(loop):
+def test_dapo_with_extra_rollouts_and_a_corrected_sampler_goes_on_with_the_same_losses(loop):
     dapo = ("algorithm.name=dapo", "algorithm.options.correction=tis", "algorithm.options.kl_coefficient=0.1")
     batch = ("batch.dynamic_sampling=2", "batch.overlong_tokens=8")
     code, out = loop.run("dapo", *dapo, *batch)
@@ -198,7 +198,10 @@ def test_dapo_with_extra_rollouts_and_a_corrected_sampler_goes_on_bitwise_equal(
         code, out = loop.run("dapo_resumed", *dapo, *batch, steps)
         assert code == 0, out
     assert "resumed at step 2" in out, out
-    assert loop.losses("dapo_resumed") == loop.losses("dapo")
+    resumed, whole = loop.losses("dapo_resumed"), loop.losses("dapo")
+    assert sorted(resumed) == sorted(whole)
+    for step, (loss, norm) in whole.items():  # not to the bit: the sampler's log-probs, in the loss here, round as its batches fall
+        assert resumed[step] == (pytest.approx(loss, rel=1e-5, abs=1e-6), pytest.approx(norm, rel=1e-5)), f"{step=}"
     rollouts = [r for r in loop.records("dapo") if "rollout/dropped" in r]
     assert len(rollouts) == 3
     assert max(r["rollout/dropped"] for r in rollouts) > 0
