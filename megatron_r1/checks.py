@@ -170,9 +170,7 @@ def check_run_folder(config: StageConfig) -> None:
 
 
 def check_rejection(config: RejectionConfig) -> None:
-    """One process, a judge with an address and a key where they are named, and no template that nobody applies."""
-    if config.parallel.world_size != 1:
-        raise ValueError(f"parallel.world_size = {config.parallel.world_size}: rejection sampling is one process; set it to 1")
+    """A judge with an address and a key where they are named, and no template that nobody applies."""
     if config.rollout.urls and config.chat_template is not True:
         raise ValueError(
             f"chat_template = {config.chat_template!r}: the servers of rollout.urls apply their own; start them with --chat-template, "

@@ -76,7 +76,7 @@ def test_the_whole_conversation_is_tokenized_at_once_with_its_end_token():
 
 def test_a_template_that_drops_the_reasoning_is_refused():
     chat = Chat(TINY)
-    chat.tokenizer.chat_template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    chat.template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
     assert chat.scored_ids(conversation("Hello!"))
     with pytest.raises(ValueError, match="rewrites the conversation at message 1"):
         chat.scored_ids(conversation("<think>hm</think>Hello!"))

@@ -301,7 +301,7 @@ MISTAKES = {
     "rollout.urls=[]": ("model.path", "required where rollout.urls is empty"),
     "judge.url=http://127.0.0.1:1": ("judge.url", "judge.sources", "set both"),
     "required.speed=1.0": ("required.speed", "rewards.weights has no 'speed'"),
-    "parallel.world_size=2": ("parallel.world_size = 2", "one process"),
+    "parallel.world_size=2": ("parallel.world_size = 2", "no trainer ranks"),
     "chat_template=false": ("chat_template = False", "rollout.urls apply their own"),
     "api_key_env=NO_SUCH_KEY": ("api_key_env = 'NO_SUCH_KEY'", "export it"),
     "filters.ngrams=3": ("filters.ngrams", "did you mean 'ngram'"),
@@ -333,17 +333,13 @@ def talkative(folder: Path) -> Path:
     return folder
 
 
-def likeliest(folder: Path, prompt: list[int], *, tokens: int) -> list[int]:
-    """What transformers says after the prompt, without the end token."""
+def shortfall(folder: Path, prompt: list[int], said: list[int]) -> float:
+    """How far below the likeliest token's, by transformers, any logit of what was said lies; 0 where nothing is likelier."""
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
-    ids = list(prompt)
+    ids = torch.tensor([*prompt, *said])
     with torch.no_grad():
-        for _ in range(tokens):
-            following = int(model(torch.tensor([ids])).logits[0, -1].argmax())
-            if following == model.config.eos_token_id:
-                break
-            ids.append(following)
-    return ids[len(prompt) :]
+        logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]
+    return float((logits.amax(dim=-1) - logits.gather(1, ids[len(prompt) :, None])[:, 0]).max())
 
 
 @pytest.mark.slow
@@ -370,8 +366,8 @@ def test_a_real_server_samples_from_the_folders_own_weights_with_the_named_templ
     lines = site.lines()
     assert len(lines) > 2, site.all()
     for line in lines:
-        said_by_vllm = line["messages"][1]["content"]
-        expected = likeliest(folder, chat.prompt_ids(Problem(0, line["prompt"], "")), tokens=64)
-        assert said_by_vllm == chat.text(expected).strip(), line
-        assert line["tokens"] == len(expected) + 1
+        said = [*chat.tokenizer.encode(line["messages"][1]["content"], add_special_tokens=False), chat.eos_id]
+        assert line["tokens"] == len(said)
+        # a router's near-tie moves logits by hundredths; other weights, or another template, by whole units
+        assert shortfall(folder, chat.prompt_ids(Problem(0, line["prompt"], "")), said) < 0.1, line
         assert line["sampler"]["model"] == str(folder)

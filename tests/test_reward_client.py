@@ -143,4 +143,4 @@ def test_a_failed_server_is_a_failed_verifier_and_equation_10_adds_up(server: Si
 
 def test_a_reward_model_without_a_url_is_refused_before_anything_starts():
     with pytest.raises(ValueError, match=r"rewards\.options\.safety: missing a required argument: 'url'"):
-        scoring.check({"safety": 1.0}, {})
+        scoring.check({"safety": 1.0}, {}, by_source={})
