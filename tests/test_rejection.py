@@ -333,13 +333,17 @@ def talkative(folder: Path) -> Path:
     return folder
 
 
-def shortfall(folder: Path, prompt: list[int], said: list[int]) -> float:
-    """How far below the likeliest token's, by transformers, any logit of what was said lies; 0 where nothing is likelier."""
+def likeliest(folder: Path, prompt: list[int], *, tokens: int) -> list[int]:
+    """What transformers says after the prompt, without the end token."""
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
-    ids = torch.tensor([*prompt, *said])
+    ids = list(prompt)
     with torch.no_grad():
-        logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]
-    return float((logits.amax(dim=-1) - logits.gather(1, ids[len(prompt) :, None])[:, 0]).max())
+        for _ in range(tokens):
+            following = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+            if following == model.config.eos_token_id:
+                break
+            ids.append(following)
+    return ids[len(prompt) :]
 
 
 @pytest.mark.slow
@@ -365,9 +369,9 @@ def test_a_real_server_samples_from_the_folders_own_weights_with_the_named_templ
     chat = Chat(folder, chat_template=R1)
     lines = site.lines()
     assert len(lines) > 2, site.all()
+    same = 0
     for line in lines:
-        said = [*chat.tokenizer.encode(line["messages"][1]["content"], add_special_tokens=False), chat.eos_id]
-        assert line["tokens"] == len(said)
-        # a router's near-tie moves logits by hundredths; other weights, or another template, by whole units
-        assert shortfall(folder, chat.prompt_ids(Problem(0, line["prompt"], "")), said) < 0.1, line
+        expected = likeliest(folder, chat.prompt_ids(Problem(0, line["prompt"], "")), tokens=64)
+        same += line["messages"][1]["content"] == chat.text(expected).strip() and line["tokens"] == len(expected) + 1
         assert line["sampler"]["model"] == str(folder)
+    assert same > len(lines) / 2, "a near-tie of the router may part a few; other weights or another template would part all"
