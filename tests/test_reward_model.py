@@ -224,7 +224,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def figures(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if not name.startswith(("time/", "perf/", "unix"))}
+    return {name: value for name, value in record.items() if not name.startswith(("time/", "perf/", "cost/", "unix"))}
 
 
 @pytest.mark.slow
