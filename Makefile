@@ -1,5 +1,5 @@
 # Two commands: `make demo` (an R1 in miniature, on a CPU) and `make test` (every test). Each sets up all it needs first.
-# `make r1-tiny`: every stage of the paper in miniature, about half an hour.
+# `make r1-tiny`: every stage of the paper in miniature.
 .PHONY: demo r1-tiny test bench gpu-check clean
 
 READY := .venv/.ready
