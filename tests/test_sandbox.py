@@ -221,7 +221,8 @@ def test_it_works_in_many_threads_at_once_and_leaves_no_descriptor_open():
 @pytest.mark.parametrize("unsafe", [False, True])
 def test_killing_the_caller_kills_the_program(unsafe: bool):
     mark = f"orphan-{time.monotonic()}-{unsafe}"
-    code = f"import sys; from megatron_r1 import sandbox; sandbox.run([*sandbox.PYTHON, '-c', 'import time; time.sleep(1000) # {mark}'], "
+    code = "from megatron_r1.verifying import sandbox; "
+    code += f"sandbox.run([*sandbox.PYTHON, '-c', 'import time; time.sleep(1000) # {mark}'], "
     caller = subprocess.Popen([sys.executable, "-c", f"{code} limits=sandbox.Limits(seconds=500.0), unsafe={unsafe})"], cwd=ROOT)
     try:
         assert is_soon(lambda: any("-I" in Path(f"/proc/{pid}/cmdline").read_text() for pid in running(mark) if pid != caller.pid), 60.0)
@@ -258,7 +259,7 @@ def test_what_the_caller_got_wrong_is_said_before_anything_runs():
     for path in ("../x", "/etc/x", "a//b", "", "./x", "a/../../x"):
         with pytest.raises(ValueError, match="not a path inside"):
             run(["true"], files={path: ""})
-    code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)); from megatron_r1 import sandbox; "
+    code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)); from megatron_r1.verifying import sandbox; "
     code += "sandbox.run(['true'], limits=sandbox.Limits(memory_bytes=1 << 31))"
     refused = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "memory_bytes = 2147483648: more than the 1073741824 this process has itself" in refused.stderr
