@@ -186,6 +186,9 @@ def check_rejection(config: RejectionConfig) -> None:
 def check_batch(config: GRPOConfig) -> None:
     """The algorithm exists and every data-parallel rank gets work."""
     algorithm = plugins.load("algorithms", config.algorithm.name)
+    for part in ("Options", "advantages", "loss"):
+        if not hasattr(algorithm, part):
+            raise ValueError(f"algorithm.name = {config.algorithm.name!r}: has no {part}, which the stage calls; use one that has, as grpo")
     plugins.options(algorithm.Options, config.algorithm.options, where="algorithm.options")
     b, dp = config.batch, data_parallel_size(config)
     if b.problems < dp:

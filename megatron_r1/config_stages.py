@@ -106,16 +106,8 @@ class GRPOConfig(StageConfig):
         return self
 
 
-def _check_no_ranks(config: StageConfig) -> None:
-    ranks = config.parallel.world_size
-    if ranks != 1:
-        raise ValueError(f"parallel.world_size = {ranks}: this stage has no trainer ranks; leave it out, and raise rollout.servers")
-
-
-class EvalConfig(StageConfig):
-    """A model as it is, on the held-out problems of [data], or on all of them where none are held out. No trainer takes part."""
-
-    evaluation: BenchmarkEvaluation = BenchmarkEvaluation()
+class ServedConfig(StageConfig):
+    """A stage in which no trainer takes part: servers of a model as it is do the work."""
 
     @property
     def needs_rollouts(self) -> bool:
@@ -126,14 +118,26 @@ class EvalConfig(StageConfig):
         return True
 
     @model_validator(mode="after")
-    def _servers_do_the_work(self) -> EvalConfig:
-        _check_no_ranks(self)
+    def _no_ranks(self) -> ServedConfig:
+        ranks = self.parallel.world_size
+        if ranks != 1:
+            raise ValueError(f"parallel.world_size = {ranks}: this stage has no trainer ranks; leave it out, and raise rollout.servers")
+        return self
+
+
+class EvalConfig(ServedConfig):
+    """A model as it is, on the held-out problems of [data], or on all of them where none are held out."""
+
+    evaluation: BenchmarkEvaluation = BenchmarkEvaluation()
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> EvalConfig:
         if self.model.init == "random":
             raise ValueError('model.init = "random": there is nothing to evaluate; give a folder with weights')
         return self
 
 
-class RejectionConfig(StageConfig):
+class RejectionConfig(ServedConfig):
     """Sampling is `sampling`'s (R1 publishes neither temperature nor samples; its cold start samples at 1.0); with `rollout.urls`
     the sampler is any OpenAI-compatible server, as a teacher's, and `model` is not read."""
 
@@ -148,17 +152,8 @@ class RejectionConfig(StageConfig):
     quota: Quota = Quota()
     judge: Judge = Judge()
 
-    @property
-    def needs_rollouts(self) -> bool:
-        return True
-
-    @property
-    def serves_own_weights(self) -> bool:
-        return True
-
     @model_validator(mode="after")
     def _parts_fit(self) -> RejectionConfig:
-        _check_no_ranks(self)
         if self.model is None and not self.rollout.urls:
             raise ValueError("model.path: required where rollout.urls is empty; give the model to sample from, or servers' addresses")
         if bool(self.judge.url) != bool(self.judge.sources):

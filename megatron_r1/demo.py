@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,11 @@ def load(stage: str, root: str, overrides: list[str]) -> StageConfig:
     return configuration.load(stage, CONFIGS / f"tiny_{stage}.toml", [own, f"run.dir={root}/{stage}", *overrides])
 
 
-def write_examples(sft: StageConfig, *, terse: float, size: int | None = None) -> None:
+def write_examples(sft: StageConfig, *, terse: float, size: int | None = None, words: Sequence[str] = ()) -> None:
     """Worked examples of the training problems, for data.conversations; the held-out ones stay unseen."""
     problems = data.load_problems(**sft.data.problems(), seed=sft.run.seed)
     train, _ = data.split_held_out(problems, sft.data.held_out, seed=sft.run.seed)
-    lines = [json.dumps({"messages": c.messages}) for c in conversations(train[:size], terse=terse, seed=sft.run.seed)]
+    lines = [json.dumps({"messages": c.messages}) for c in conversations(train[:size], terse=terse, words=words, seed=sft.run.seed)]
     Path(sft.data.conversations).write_text("\n".join(lines) + "\n")
 
 

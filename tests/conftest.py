@@ -1,4 +1,4 @@
-"""One real vLLM server for the session; the tests that use it send it the weights they need."""
+"""How the tests are shared out, and one real vLLM server for a session; the tests that use it send it the weights they need."""
 
 from __future__ import annotations
 
@@ -43,6 +43,18 @@ def server(tmp_path_factory) -> Iterator[RealServer]:
     finally:
         engine.close()
         process.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A worker takes a whole file, whose tests share servers and ranks, or all of the one Slurm; what is slow begins first."""
+
+    def group(item: pytest.Item) -> str:
+        return "slurm" if item.path.parent.name == "slurm" else item.path.stem
+
+    slow = {group(item) for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (group(item) != "slurm", group(item) not in slow))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -74,6 +74,7 @@ OVERRIDES = {
     "batch.problems=1": ("batch.problems = 1", "data-parallel"),
     "batch.chunk_tokens=16": ("batch.chunk_tokens = 16", "sampling.max_tokens"),
     "algorithm.name=gropo": ("gropo", "did you mean 'grpo'"),
+    "algorithm.name=sft": ("algorithm.name = 'sft'", "Options", "grpo"),
     "algorithm.options.clip_epsilom=3.0": ("algorithm.options.clip_epsilom", "did you mean 'clip_epsilon'"),
     "algorithm.options.ratio=word": ("algorithm.options", "ratio"),
     "algorithm.name=dr_grpo": ("constant_tokens = None", "sampling.max_tokens"),

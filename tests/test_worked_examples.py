@@ -6,6 +6,7 @@ import pytest
 
 from megatron_r1 import worked_examples
 from megatron_r1.problem import Problem
+from megatron_r1.rewards import language
 from megatron_r1.rewards import accuracy, format
 
 
@@ -45,3 +46,11 @@ def test_the_share_of_terse_examples_is_as_asked_and_every_answer_is_right():
     answers = [c.messages[1]["content"] for c in worked_examples.conversations(problems, terse=0.6)]
     assert 0.55 < sum("<think></think>" in answer for answer in answers) / len(problems) < 0.65
     assert all(f"<answer>{p.answer}</answer>" in answer for p, answer in zip(problems, answers, strict=True))
+
+
+def test_steps_begin_with_words_of_both_languages_and_the_language_reward_sees_the_share():
+    problems = [Problem(i, f"{100 + i} + {999 - i}", str(1099)) for i in range(300)]
+    answers = [c.messages[1]["content"] for c in worked_examples.conversations(problems, words=worked_examples.ADD)]
+    shares = [language.reward(answer, problem) for answer, problem in zip(answers, problems, strict=True)]
+    assert 0.4 < sum(shares) / len(shares) < 0.6
+    assert {0.0, 1.0} < set(shares), "whole and mixed ones"

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._dynamo.config
 
 from megatron_r1.mcore.adamw import AdamW
 
@@ -102,6 +101,11 @@ def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
 
 def _set_rng_state(_: Any) -> Callable[..., None]:
     return lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
+    """In torch.compile's place: Megatron compiles small functions as it is imported, seconds and a C++ compiler for no gain here."""
+    return function if function is not None else lambda decorated: decorated
 
 
 TORCH_PATCHES = (
@@ -234,7 +238,7 @@ def install() -> None:
     """Adapt this process to a machine without CUDA; before the first import of Megatron. Safe to call again."""
     if _originals:
         return
-    torch._dynamo.config.disable = True  # Megatron compiles small functions: seconds, and a C++ compiler, for no gain here
+    torch.compile = _uncompiled
     for missing in ("Apex", "Transformer Engine"):
         warnings.filterwarnings("ignore", message=f".*{missing}.* not installed")  # on every import of Megatron
     for patch in PATCHES:
