@@ -1,7 +1,7 @@
 """One GRPO run that everything happens to, with the real trainer and real vLLM servers: 2 nodes train, 1 serves, 1 is spare.
 
 Each fault ends a job or does not; the run goes on from its last checkpoint and, at the end, has the losses of a run that nothing
-disturbed, on one node with its server beside it, in the time in which this one only waits for Slurm.
+disturbed, on one node with its server beside it, in the time in which this one hangs.
 """
 
 from __future__ import annotations
@@ -85,6 +85,11 @@ class Story:
         self.ends[fault] = End(self.run.end_of(job), then, len(self.run.updates()))
         self.outputs[fault] = self.run.output(job)
 
+    def wait_for(self, job: str, log: str, text: str = "") -> None:
+        """Until a task of the job has written this."""
+        file = self.run.folder / "logs" / job / log
+        self.cluster.wait(lambda: file.is_file() and text in file.read_text(errors="replace"), f"{text!r} in {file}")
+
     def signal_ranks(self, signal: str, *options: str) -> bool:
         """To the trainer's ranks, and to no srun that names their command; whether there are any."""
         command = f"^[^ ]*/python -m megatron_r1 grpo .*run.dir={self.run.folder} "
@@ -128,28 +133,29 @@ def signals(story: Story) -> str:
 
 
 def lost_nodes(story: Story, job: str) -> str:
-    """A trainer's node that is not the batch host, the servers' node, the batch host."""
-    for fault, role, place in (("trainer node down", "train", 1), ("rollout node down", "rollout", 0), ("batch host down", "train", 0)):
-        story.run.wait_save()
-        story.cluster.lose_node(story.run.nodes(job)[role][place])
-        job = story.note(fault, job)
-    return job
+    """The batch host as soon as there are ranks, a trainer's other node in the middle of the work, the servers' as soon as it serves."""
+    run = story.run
+    story.wait_for(job, "grpo-0000.log")
+    story.cluster.lose_node(run.nodes(job)["train"][0])
+    job = story.note("batch host down", job)
+    run.wait_save()
+    story.cluster.lose_node(run.nodes(job)["train"][1])
+    job = story.note("trainer node down", job)
+    story.wait_for(job, "rollout-0000.log", "serving")
+    story.cluster.lose_node(run.nodes(job)["rollout"][0])
+    return story.note("rollout node down", job)
 
 
 def time_limit(story: Story, job: str) -> str | None:
-    """The server dies and is restarted. Then the limit is near: Slurm looks every 30 s, and the ranks wait that the other run can use
-    the time."""
+    """The server dies and is restarted. Then the limit is near: Slurm looks every 30 s, and the ranks wait for it."""
     run = story.run
     run.wait_save()
     story.signal_server("KILL", job)
-    log = run.folder / f"logs/{job}/rollout-0000.log"
-    story.cluster.wait(lambda: "restart 1 of 3" in log.read_text(), "the server's restart")
+    story.wait_for(job, "rollout-0000.log", "restart 1 of 3")
     run.wait_save()
     story.keep("server killed", job, SAME)
     story.signal_ranks("STOP")
     story.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=15")
-    alone = {"PLACEMENT": "colocated", "TRAIN_NODES": "1", "SBATCH_GPUS_PER_NODE": "2", "NODES": "1"}
-    story.submit(story.unbroken, **alone, PATH=os.environ["PATH"])  # without a driver, with which colocated servers take weights by ipc
     run.wait_text("USR1: save and end", job)
     story.signal_ranks("CONT")
     return story.note("time limit near", job)
@@ -174,9 +180,11 @@ def stall(story: Story) -> None:
     story.nodes.append(run.nodes(job))
     run.wait_save()
     story.signal_server("STOP", job)
+    alone = {"PLACEMENT": "colocated", "TRAIN_NODES": "1", "SBATCH_GPUS_PER_NODE": "2", "NODES": "1"}
+    story.submit(story.unbroken, **alone, PATH=os.environ["PATH"])  # without a driver, with which colocated servers take weights by ipc
     after = story.note("stall", job)
     story.stacks = "".join((run.folder / f"logs/{job}/grpo-000{rank}.log").read_text() for rank in (0, 1))
-    story.cluster.wait((run.folder / f"logs/{after}/grpo-0000.log").is_file, "ranks")
+    story.wait_for(after, "grpo-0000.log")
     story.cluster.run("scancel", "-n", run.name)
     story.note("scancel of the name", after)
 
