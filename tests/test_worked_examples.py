@@ -6,8 +6,7 @@ import pytest
 
 from megatron_r1 import worked_examples
 from megatron_r1.problem import Problem
-from megatron_r1.rewards import language
-from megatron_r1.rewards import accuracy, format
+from megatron_r1.rewards import accuracy, format, language
 
 
 @pytest.mark.parametrize(
