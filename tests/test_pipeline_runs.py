@@ -25,6 +25,8 @@ LIMIT = 600.0
 SHORT = """
 [model]
 dtype = "float32"
+[optimizer]
+lr_warmup_steps = 0
 [parallel]
 world_size = 1
 expert_model_parallel_size = 1
