@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from servers import free_port, save, tiny_model
@@ -45,16 +46,28 @@ def server(tmp_path_factory) -> Iterator[RealServer]:
         process.stop()
 
 
+def group(nodeid: str) -> str:
+    """What one worker runs: a file, whose tests share servers and ranks, or all that needs the one Slurm."""
+    file = nodeid.partition("::")[0]
+    return "slurm" if "/slurm/" in file else file
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A worker takes a whole file, whose tests share servers and ranks, or all of the one Slurm; what is slow begins first."""
+    """The slow groups begin first, the longest before all."""
+    slow = {group(item.nodeid) for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (group(item.nodeid) != "slurm", group(item.nodeid) not in slow))
 
-    def group(item: pytest.Item) -> str:
-        return "slurm" if item.path.parent.name == "slurm" else item.path.stem
 
-    slow = {group(item) for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (group(item) != "slurm", group(item) not in slow))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share out groups. xdist's own, by marks in node ids, has no effect with this pytest."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return Groups(config, log)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
