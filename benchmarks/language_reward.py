@@ -34,17 +34,17 @@ def main(folder: str = "runs/language", seed: str = "1") -> int:
     sft_file, grpo_file = (str(CONFIGS / "tiny" / f"bilingual_{stage}.toml") for stage in ("sft", "grpo"))
     cold_start = [f"run.seed={seed}", f"data.conversations={root}/cold_start.jsonl"]
     write_examples(configuration.load("sft", sft_file, cold_start), terse=0.0, words=ADD)
-    code = once("sft", sft_file, root / "sft", cold_start)
+    code = once("sft", sft_file, folder=root / "sft", settings=cold_start)
     for name, weight in WEIGHTS.items():
         settings = [f"run.seed={seed}", f"model.path={root}/sft/hf", f"rewards.weights.language={weight}"]
-        code = code or once("grpo", grpo_file, root / name, settings)
+        code = code or once("grpo", grpo_file, folder=root / name, settings=settings)
     if code == 0:
         Console().print(table(root, seed))
         print(f"curves: {report.write([root / name for name in WEIGHTS])}")
     return code
 
 
-def once(stage: str, file: str, folder: Path, settings: list[str]) -> int:
+def once(stage: str, file: str, *, folder: Path, settings: list[str]) -> int:
     """Run a stage that is not done; its exit code."""
     return 0 if (folder / DONE).exists() else run(stage, [file, f"run.dir={folder}", *settings])
 

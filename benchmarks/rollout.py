@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from megatron_r1.launch import free_port
+from megatron_r1.processes import free_port
 from megatron_r1.rollout.engine import Request, SamplingParams
 from megatron_r1.rollout.server_process import CPU_ENV, ServerProcess, server_command
 from megatron_r1.rollout.vllm_server import VLLMServers

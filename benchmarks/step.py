@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.launch import free_port
+from megatron_r1.processes import free_port
 
 CONFIG = Path("configs/models/tiny_v3")
 RANKS, ROLLOUTS, ROUNDS = 2, 6, 7

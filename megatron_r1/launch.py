@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,17 +17,11 @@ from megatron_r1.chat_templates import server_flags
 from megatron_r1.config import dump
 from megatron_r1.config_stages import RejectionConfig, StageConfig
 from megatron_r1.config_types import Rollout
-from megatron_r1.rollout.server_process import ServerProcess, die_with_parent, model_flags, placement_flags, server_command
+from megatron_r1.processes import die_with_parent, free_port
+from megatron_r1.rollout.server_process import ServerProcess, model_flags, placement_flags, server_command
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 60.0  # a rank asked to stop saves a checkpoint first
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nothing listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def devices(server: int, *, servers: int) -> dict[str, str]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from servers import free_port, save, tiny_model
+from servers import save, tiny_model
 from transformers import DeepseekV3ForCausalLM
 
+from megatron_r1.processes import free_port
 from megatron_r1.rollout.server_process import ServerProcess, server_command
 from megatron_r1.rollout.vllm_server import VLLMServers
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -18,8 +17,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from megatron_r1.processes import free_port
+
 GRACE_SECONDS = 5  # for the other ranks to finish or fail too, once one has failed
-CROWDED = 250  # threads of a rank; a layout of four ranks has up to 100
 _pools: dict[int, Pool] = {}
 
 
@@ -36,13 +36,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         _pools[world_size] = Pool(world_size)
     pool = _pools[world_size]
     try:
-        results = pool.run(function, args, timeout=timeout)
+        return pool.run(function, args, timeout=timeout)
     except BaseException:
         _pools.pop(world_size).kill()
         raise
-    if pool.threads() > CROWDED:
-        _pools.pop(world_size).kill()
-    return results
 
 
 class Pool:
@@ -50,9 +47,7 @@ class Pool:
 
     def __init__(self, world_size: int) -> None:
         context = get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.processes, self.pipes = [], []
         for rank in range(world_size):
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -92,10 +87,6 @@ class Pool:
             self.processes[rank].join(GRACE_SECONDS)
             succeeded, value = False, f"the process ended, exit code {self.processes[rank].exitcode}"
         (results if succeeded else failures)[rank] = value
-
-    def threads(self) -> int:
-        """Of the fullest process. A group that something still holds keeps its threads, and they spin once its peers are gone."""
-        return max(len(os.listdir(f"/proc/{process.pid}/task")) for process in self.processes)
 
     def kill(self) -> None:
         """End the processes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,9 +75,3 @@ def logprobs(model: DeepseekV3ForCausalLM, token_ids: list[int], *, temperature:
 def save(model: DeepseekV3ForCausalLM, folder: Path) -> Path:
     model.save_pretrained(folder)
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

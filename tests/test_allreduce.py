@@ -7,9 +7,9 @@ import os
 
 import pytest
 from ranks import run_ranks
-from servers import free_port
 
 from megatron_r1 import allreduce
+from megatron_r1.processes import free_port
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 9])

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from chats import ChatStub, said
-from servers import free_port
 
+from megatron_r1.processes import free_port
 from megatron_r1.rollout.chat_servers import ChatServers, Reply
 from megatron_r1.rollout.engine import EngineError, SamplingParams
 from megatron_r1.rollout.servers import NotReady, Refused

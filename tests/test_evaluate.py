@@ -19,7 +19,8 @@ from megatron_r1 import config
 from megatron_r1.__main__ import main
 from megatron_r1.chat import Chat
 from megatron_r1.config_stages import EvalConfig
-from megatron_r1.launch import Servers, free_port
+from megatron_r1.launch import Servers
+from megatron_r1.processes import free_port
 from megatron_r1.rollout.server_process import ServerProcess, server_command
 from megatron_r1.stages import evaluate
 from megatron_r1.weights.random import RandomWeights

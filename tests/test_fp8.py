@@ -95,7 +95,7 @@ def test_a_new_scale_is_the_largest_magnitude_over_448(shape):
 def test_only_the_blocks_that_changed_get_a_new_scale():
     weight, scale = codes(256, 384), torch.rand(2, 3) * 1e-3 + 1e-5
     values = fp8.dequantize(weight, scale)
-    values[130, 300] *= 3
+    values[130, 300] = 3 * values[128:, 256:].abs().max()
     found, now = fp8.quantize(values, scale)
     same = torch.ones(2, 3, dtype=torch.bool)
     same[1, 2] = False

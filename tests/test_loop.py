@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_r1.launch import free_port
+from megatron_r1.processes import free_port
 from megatron_r1.rollout.server_process import ServerProcess, server_command
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,22 @@ def test_loss_and_gradients_are_those_of_one_rank(layout, one_rank):
     losses, gradients = zip(*run_ranks(ranks, step_gradients, model(), sizes, folder, {}), strict=True)
     assert max(losses, key=abs) == pytest.approx(expected_loss, rel=1e-5)
     assert_close(gradients[0], expected)
+
+
+def threads_of_layouts(hf: dict[str, Any], folder: str, count: int) -> list[int]:
+    """On a rank: its threads after each of several layouts that it made, trained with and shut down."""
+    found = []
+    for _ in range(count):
+        step_gradients(hf, {}, folder, {})
+        gc.collect()
+        found.append(len(os.listdir("/proc/self/task")))
+    return found
+
+
+def test_a_layout_that_is_shut_down_leaves_neither_its_model_nor_its_groups_behind(one_rank):
+    folder, _ = one_rank(model())
+    [(first, *later)] = run_ranks(1, threads_of_layouts, model(), folder, 4)
+    assert max(later) < first + 24, "each group has a thread of gloo's, a layout has 48 groups"
 
 
 SHAPES = {

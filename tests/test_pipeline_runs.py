@@ -1,4 +1,4 @@
-"""The whole pipeline on real servers and ranks, shorter than `make r1-tiny`: killed in the middle, it goes on to its table and page."""
+"""The whole pipeline on real servers and ranks, shorter than `make r1-tiny`: killed in the middle, it goes on to its end and its page."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ max_num_seqs = 32
 [sampling]
 max_tokens = 16
 [evaluation]
-problems = 8
+problems = 0
 """
 OF_STAGE = {
     "grpo": """
@@ -52,12 +52,9 @@ minibatches = 2
 chunk_tokens = 512
 [checkpoint]
 every = 2
-[evaluation]
-problems = 0
 """,
-    "sft": "steps = 2\nbatch_size = 4\nchunk_tokens = 512\n[evaluation]\nproblems = 0\n",
+    "sft": "steps = 2\nbatch_size = 4\nchunk_tokens = 512\n",
     "reject": "samples = 4\n[required]\naccuracy = 0.0\n[filters]\nneeds_reasoning = false\nmin_language_share = 0.0\n",
-    "eval": "[evaluation]\nsamples = 2\n",
 }
 
 
@@ -72,21 +69,21 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     talks = [[{"role": "user", "content": f"{i} + 1"}, {"role": "assistant", "content": f"<think></think>{i + 1}"}] for i in range(16)]
     (folder / "cold.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     given = tomllib.loads((ROOT / "configs/tiny/pipeline.toml").read_text())
-    commands = {stage.name: stage.command for stage in GRAPH} | {"evaluation": "eval"}
+    commands = {stage.name: stage.command for stage in GRAPH}
     files = {}
-    for name, config in {**given["stages"], "evaluation": given["evaluation"]}.items():
+    for name, config in given["stages"].items():
         (folder / "short.toml").write_text(SHORT)
         (folder / f"of_{commands[name]}.toml").write_text(OF_STAGE[commands[name]])
         files[name] = folder / f"{name}.toml"
         files[name].write_text(f'base = ["{ROOT / config}", "short.toml", "of_{commands[name]}.toml"]\n')
-    paths = {"dir": folder / "r1", "base_model": base, "student": "configs/models/tiny_qwen2", "evaluation": files.pop("evaluation")}
+    paths = {"dir": folder / "r1", "base_model": base, "student": "configs/models/tiny_qwen2"}
     paths |= {"problems": folder / "problems.jsonl", "cold_start": folder / "cold.jsonl"}
     lines = [f'{name} = "{path}"' for name, path in paths.items()] + ["[stages]"] + [f'{name} = "{file}"' for name, file in files.items()]
     (folder / "pipeline.toml").write_text("\n".join(lines))
     return folder / "pipeline.toml"
 
 
-def test_a_pipeline_killed_in_the_middle_goes_on_to_its_table_and_page(settings):
+def test_a_pipeline_killed_in_the_middle_goes_on_to_its_end_and_its_page(settings):
     root = settings.parent / "r1"
     command = [sys.executable, "-m", "megatron_r1", "pipeline", str(settings)]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -102,7 +99,5 @@ def test_a_pipeline_killed_in_the_middle_goes_on_to_its_table_and_page(settings)
     assert "--- r1_zero: done" in second.stdout
     assert "resumed at step 2" in second.stdout
     assert all((root / stage.name / "done").exists() for stage in GRAPH)
-    shown = second.stdout.partition("8 held-out problems")[2]
-    assert all(f" {name} " in shown for name in ("Base", "R1-Zero", "Dev1", "Dev2", "Dev3", "R1", "student"))
     html = report.write([root]).read_text()
     assert all(stage.name in html for stage in GRAPH)

@@ -14,13 +14,13 @@ import torch
 from families import config
 from mcore_runs import Run
 from ranks import run_ranks
-from servers import free_port
 
 from megatron_r1 import models
 from megatron_r1.chat import Chat
 from megatron_r1.packing import TokenSequence, pack
 from megatron_r1.parallel import Parallel
 from megatron_r1.problem import Conversation
+from megatron_r1.processes import free_port
 from megatron_r1.rewards import reward_model
 from megatron_r1.rollout.server_process import ServerProcess, reward_server_command
 from megatron_r1.types import LossOutput, Microbatch

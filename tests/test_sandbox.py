@@ -85,7 +85,7 @@ def test_the_environment_and_the_callers_files_do_not_leak(monkeypatch: pytest.M
         bare = python(code, unsafe=True)
     assert result.stdout.startswith("['LC_CTYPE', 'PWD'] ['0', '1', '2', '3'] 65534 ["), result
     assert str(ROOT) not in result.stdout
-    assert "site-packages" in result.stdout
+    assert "-packages" in result.stdout  # site-packages, or Debian's dist-packages
     assert bare.stdout.startswith("['LC_CTYPE'] ['0', '1', '2', '3'] "), bare
 
 
@@ -233,8 +233,7 @@ def test_killing_the_caller_kills_the_program(unsafe: bool):
 
 
 def test_where_there_is_no_bwrap_it_refuses_with_the_fix_and_unsafe_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    for name in ("setpriv", "prlimit"):
-        (tmp_path / name).symlink_to(sandbox._path(name))
+    (tmp_path / "prlimit").symlink_to(sandbox._path("prlimit"))
     monkeypatch.setenv("PATH", str(tmp_path))
     sandbox.check.cache_clear()
     with pytest.raises(ValueError, match=r"apt-get install bubblewrap.* unsafe = true"):
@@ -243,8 +242,7 @@ def test_where_there_is_no_bwrap_it_refuses_with_the_fix_and_unsafe_goes_on(monk
 
 
 def test_where_bwrap_is_refused_it_says_what_to_allow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    for name in ("setpriv", "prlimit"):
-        (tmp_path / name).symlink_to(sandbox._path(name))
+    (tmp_path / "prlimit").symlink_to(sandbox._path("prlimit"))
     (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: No permissions to create a new namespace' >&2\nexit 1\n")
     (tmp_path / "bwrap").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -270,7 +268,9 @@ def test_a_user_without_rights_gets_the_same_sandbox(tmp_path: Path):
     """As nobody, with a Python all may read; the bomb meets the kernel's own limit there."""
     if not os.access("/usr/bin/python3", os.X_OK):
         pytest.skip("no Python outside root's home")
-    source = (ROOT / "megatron_r1" / "verifying" / "sandbox.py").read_text()
+    source, needed = ((ROOT / "megatron_r1" / name).read_text() for name in ("verifying/sandbox.py", "processes.py"))
+    needed = needed.replace("from __future__ import annotations\n", "")
+    source = source.replace("from megatron_r1.processes import die_with_parent\n", needed)  # nobody may not read this folder
     code = "\nfor text in ('import os; print(os.getuid(), os.listdir(\"/tmp\"))', 'import os\\nwhile True: os.fork()'):\n"
     code += "    r = run([*PYTHON, '-c', text], limits=Limits(seconds=60.0)); print(r.stdout.strip(), r.stopped, r.stderr[-40:])\n"
     as_nobody = ["/usr/bin/setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", "/usr/bin/python3", "-I", "-"]

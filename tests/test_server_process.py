@@ -12,10 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from servers import TINY_V3, free_port
+from servers import TINY_V3
 
 from megatron_r1.config_types import Rollout
 from megatron_r1.launch import spanning
+from megatron_r1.processes import free_port
 from megatron_r1.rollout.server_process import ServerProcess, server_command
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from servers import free_port
 
+from megatron_r1.processes import free_port
 from megatron_r1.rollout import wire
 from megatron_r1.rollout.engine import EngineError, EngineLost, Request, SamplingParams
 from megatron_r1.rollout.sampling import sample_groups

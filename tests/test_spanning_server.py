@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from servers import checkpoint_weights, free_port, logprobs, save, tiny_model
+from servers import checkpoint_weights, logprobs, save, tiny_model
 
 from megatron_r1.config_types import Rollout
 from megatron_r1.launch import spanning
+from megatron_r1.processes import free_port
 from megatron_r1.rollout.server_process import ServerProcess, server_command
 from megatron_r1.rollout.vllm_server import VLLMServers
 

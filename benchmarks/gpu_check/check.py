@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from benchmarks.gpu_check.report import Row, as_json, collect, table
-from megatron_r1.launch import free_port
+from megatron_r1.processes import free_port
 
 LIMIT_SECONDS = 470.0  # for all of it
 SECTIONS = {"layers": 120.0, "curve": 120.0, "speed": 150.0, "rollout": 240.0}  # the most that each may take

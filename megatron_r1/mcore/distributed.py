@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel
 
 from megatron_r1.mcore import cpu
 from megatron_r1.parallel import Parallel
@@ -60,6 +61,8 @@ def init(parallel: Parallel, seed: int, *, timeout_minutes: float = 30.0) -> Non
 def shutdown() -> None:
     """Undo `init`: drop every group with its threads and sockets, of which a layout has hundreds."""
     parallel_state.destroy_model_parallel()
+    for model in (thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel):
+        vars(model).clear()  # its hooks hold it, and graphs the hooks: a way through C++, which the collector does not see
     gc.collect()  # models hold groups, in cycles
     dist.destroy_process_group()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import http.client
 import json
 import os
@@ -17,10 +16,10 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from megatron_r1.processes import die_with_parent
+
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0  # for a server asked to stop
-LIBC = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1
 
 COMMON_ENV = {
     "VLLM_SERVER_DEV_MODE": "1",  # registers /pause, /update_weights and their like
@@ -136,11 +135,6 @@ def cpu_flags(hf: dict[str, object], tensor_parallel_size: int) -> dict[str, obj
             raise ValueError(f"kv_lora_rank, qk_rope_head_dim = {shape}: vLLM's CPU kernel takes only (512, 64); set these in config.json")
         flags["attention-backend"] = "CPU_MLA"  # an AMX machine would pick a bfloat16-only one by itself
     return flags
-
-
-def die_with_parent() -> None:
-    """In a child before exec: the kernel ends it when the thread that started it ends, so that no server outlives a run."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class ServerProcess:

@@ -119,7 +119,7 @@ class VLLMServers:
                 async with asyncio.TaskGroup() as tasks:
                     for url in up * slots:
                         tasks.create_task(self._serve(url, waiting, up=up, sampling=sampling, emit=emit))
-            except* EngineError as errors:
+            except ExceptionGroup as errors:  # not except*: before Python 3.11.4 it wraps what is raised in it
                 raise errors.exceptions[0] from None
 
     async def _serve(

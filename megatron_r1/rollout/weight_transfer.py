@@ -21,6 +21,7 @@ from urllib.parse import urlparse
 import torch
 from safetensors.torch import save_file
 
+from megatron_r1.processes import free_port
 from megatron_r1.rollout import wire
 from megatron_r1.rollout.engine import EngineError
 from megatron_r1.rollout.servers import Servers
@@ -207,9 +208,3 @@ class DeviceSender:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """As start_weight_update."""
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return s.getsockname()[1]

@@ -26,8 +26,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+
+from megatron_r1.processes import die_with_parent
 
 # This interpreter without the caller's packages, variables and current folder; `command` usually begins with it.
 PYTHON = (os.path.realpath(sys.executable), "-I", "-B", "-X", "utf8")
@@ -142,8 +144,7 @@ def _run_unsafe(command: Sequence[str], stdin: str, *, files: Mapping[str, str],
             (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
             (Path(folder) / path).write_text(text)
         # Without a namespace the kernel would count all of the user's processes, so only the watch holds their number.
-        prefix = [_path("setpriv"), "--pdeathsig", "KILL", *_prlimit(limits, processes=False)]
-        return _supervise([*prefix, *command], stdin, limits=limits, cwd=folder)
+        return _supervise([*_prlimit(limits, processes=False), *command], stdin, limits=limits, cwd=folder)
 
 
 def _bwrap(copies: Mapping[str, int], report: int, limits: Limits) -> list[str]:
@@ -181,8 +182,9 @@ def _supervise(
 ) -> Result:
     """Starts a session of its own, reads what it writes, and ends it at a limit or when its first process has ended."""
     start = time.monotonic()
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(argv, **pipes, bufsize=0, env={}, cwd=cwd, start_new_session=True, pass_fds=pass_fds)
+    settings = {"env": {}, "cwd": cwd, "bufsize": 0, "start_new_session": True, "pass_fds": pass_fds}
+    settings |= dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(argv, **settings, preexec_fn=partial(die_with_parent, signal.SIGKILL))
     stdout, stderr = bytearray(), bytearray()
     stopped = ""
     with process.stdin, process.stdout, process.stderr, selectors.DefaultSelector() as selector:

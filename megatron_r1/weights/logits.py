@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_r1.launch import free_port
 from megatron_r1.models import family
+from megatron_r1.processes import free_port
 
 ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 

@@ -1,0 +1,42 @@
+"""Ports and the end of processes."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from processes import is_soon, running
+
+from megatron_r1.processes import PORTS, free_port
+
+
+def test_a_free_port_is_none_that_the_kernel_may_give_away_meanwhile():
+    first, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert PORTS.stop <= first
+    assert all(free_port() in PORTS for _ in range(100))
+
+
+def test_a_port_that_is_listened_on_is_not_free(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        other = free_port()
+        drawn = iter([taken.getsockname()[1], other])
+        monkeypatch.setattr("random.SystemRandom.choice", lambda self, ports: next(drawn))
+        assert free_port() == other
+
+
+def test_a_child_ends_with_its_parent():
+    mark = "child-that-ends-with-its-parent"
+    child = f"[sys.executable, '-c', 'import time; time.sleep(1000) # {mark}']"
+    code = "import subprocess, sys, time; from megatron_r1.processes import die_with_parent; "
+    code += f"subprocess.Popen({child}, preexec_fn=die_with_parent); time.sleep(1000)"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        assert is_soon(lambda: len(running(mark)) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    assert is_soon(lambda: not running(mark))
