@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from megatron_r1.processes import free_port
 from megatron_r1.rollout.server_process import ServerProcess, server_command
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "configs" / "models" / "tiny_v3"
 LIMIT = 240.0
@@ -90,6 +92,14 @@ class Loop:
         out, _ = process.communicate(timeout=LIMIT)
         return process.returncode, out
 
+    def wait(self, process: subprocess.Popen[str], condition: Callable[[], Any]) -> None:
+        """Until it comes true, while the run goes on."""
+        limit = time.monotonic() + LIMIT
+        while not condition():
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+
     def records(self, name: str) -> list[dict[str, Any]]:
         file = self.folder / name / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
@@ -158,9 +168,7 @@ def test_the_kl_is_a_sawtooth_that_falls_to_zero_at_each_new_reference(loop, unb
 
 def test_a_run_that_is_killed_goes_on_bitwise_equal_its_kl_included(loop, unbroken):
     process = loop.start("killed")
-    limit = time.monotonic() + LIMIT
-    while not (loop.folder / "killed/checkpoints/latest").exists() and time.monotonic() < limit:
-        time.sleep(0.1)
+    loop.wait(process, (loop.folder / "killed/checkpoints/latest").exists)
     for rank in psutil.Process(process.pid).children():
         rank.kill()
     out, _ = process.communicate(timeout=LIMIT)
@@ -173,9 +181,7 @@ def test_a_run_that_is_killed_goes_on_bitwise_equal_its_kl_included(loop, unbrok
 
 def test_sigusr1_saves_ends_with_code_0_and_the_run_goes_on(loop, unbroken):
     process = loop.start("signalled")
-    limit = time.monotonic() + LIMIT
-    while not loop.losses("signalled") and time.monotonic() < limit:
-        time.sleep(0.1)
+    loop.wait(process, lambda: loop.losses("signalled"))
     process.send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, out
@@ -230,9 +236,7 @@ def test_a_dead_address_is_one_clear_line(loop):
 
 def test_two_runs_cannot_write_to_one_folder(loop):
     first = loop.start("twice", "steps=600")
-    limit = time.monotonic() + LIMIT
-    while not loop.records("twice") and time.monotonic() < limit:
-        time.sleep(0.1)
+    loop.wait(first, lambda: loop.records("twice"))
     code, out = loop.run("twice")
     first.kill()
     first.communicate()

@@ -257,7 +257,21 @@ def test_a_server_that_dies_in_an_update_is_news_and_the_next_one_starts_anew_on
     living.asked.clear()
     engine.update_weights({"a": torch.ones(2)}.items(), 7)
     steps = [path for path, _ in living.asked if path not in ("/weight_info", "/health", "/get_world_size")]
-    assert steps[:4] == ["/init_weight_transfer_engine", "/finish_weight_update", "/pause?mode=wait", "/start_weight_update"]
+    assert steps[:3] == ["/init_weight_transfer_engine", "/pause?mode=wait", "/start_weight_update"]
+
+
+def test_a_server_that_a_dead_trainer_left_in_the_middle_of_an_update_starts_anew(stub, client, tmp_path):
+    def start(body: dict) -> Answer:
+        is_free = "/finish_weight_update" in dict(server.asked)
+        return (200, {}) if is_free else (500, {"error": "start_weight_update called while a weight update is already active"})
+
+    server = stub(start_weight_update=start)
+    client(server.url, weight_transfer="file", transfer_folder=tmp_path).update_weights({"a": torch.ones(2)}.items(), 7)
+    steps = [(path, body) for path, body in server.asked if path.endswith("weight_update")]
+    assert steps[:3] == [
+        ("/start_weight_update", {}), ("/finish_weight_update", {"weight_version": "-1"}), ("/start_weight_update", {}),
+    ]  # fmt: skip
+    assert steps[3:] == [("/finish_weight_update", {"weight_version": "7"})]
 
 
 def test_an_update_pauses_sends_names_the_version_drops_caches_and_resumes(stub, client, tmp_path):

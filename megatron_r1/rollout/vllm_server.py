@@ -13,13 +13,13 @@ import contextlib
 import math
 import queue
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_r1.rollout import openai_api, tokens_api, wire
 from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, SamplingParams, never
-from megatron_r1.rollout.servers import NotReady, ServerDown, Servers
+from megatron_r1.rollout.servers import NotReady, Refused, ServerDown, Servers
 from megatron_r1.rollout.weight_transfer import make_sender
 from megatron_r1.weights import fp8
 
@@ -58,7 +58,6 @@ class VLLMServers:
         self.bucket_bytes = BUCKET_BYTES
         self.version: int | None = None  # what this client last sent
         self.models: dict[str, str] = {}  # servers that have OpenAI's API alone, and what they call their model
-        self.interrupted = False  # whether the last update ended with a server's death
         self.lost: list[str] = []  # servers that did not come back in time, as when their node is gone
 
     def wait_ready(self, limit_seconds: float) -> None:
@@ -167,7 +166,7 @@ class VLLMServers:
             except EngineError as error:  # it may be of another server, to which the dead one was a peer
                 if not isinstance(error, ServerDown) and all(self.servers.submit(self._answering(self.servers.urls)).result()):
                     raise
-                self.version, self.interrupted = None, True
+                self.version = None
                 raise EngineLost(str(error)) from error
         else:
             self.sender.connect([])
@@ -175,11 +174,8 @@ class VLLMServers:
 
     def _update(self, weights: Iterable[wire.Named], version: int) -> None:
         self._reconnect()
-        if self.interrupted:  # servers that lived may still be in the middle of it; the others refuse
-            self._tell("/finish_weight_update", {"weight_version": str(tokens_api.OWN_WEIGHTS)}, harmless=EngineError)
-            self.interrupted = False
         self.servers.all(f"/pause?mode={self.pause}").result()
-        self.servers.all("/start_weight_update").result()
+        self._start_update()
         self._send(weights)
         self.servers.all("/finish_weight_update", [{"weight_version": str(version)}] * len(self.servers.urls)).result()
         for url, reset in zip(self.servers.urls, self.servers.all("/reset_prefix_cache").result(), strict=True):
@@ -187,6 +183,18 @@ class VLLMServers:
                 raise EngineError(f"{url}: the prefix cache of the old weights could not be dropped; is another client using this server?")
         self.servers.all("/resume").result()
         self.version = version
+
+    def _start_update(self) -> None:
+        """On every server, and anew on one that a trainer, or another server to which it was a peer, left in the middle when it died."""
+
+        async def start(url: str) -> None:
+            try:
+                await self.servers.call(url, "/start_weight_update")
+            except Refused:
+                await self.servers.call(url, "/finish_weight_update", {"weight_version": str(tokens_api.OWN_WEIGHTS)})
+                await self.servers.call(url, "/start_weight_update")
+
+        self._on_each(start)
 
     def _send(self, weights: Iterable[wire.Named]) -> None:
         for bucket in wire.buckets(fp8.stream(weights) if self.quantization == "fp8" else weights, self.bucket_bytes):
@@ -234,15 +242,20 @@ class VLLMServers:
     def wake(self, tag: str) -> None:
         self._tell(f"/wake_up?tags={tag}")
 
-    def _tell(self, path: str, body: Any = None, *, harmless: type[EngineError] = ServerDown) -> None:
+    def _tell(self, path: str) -> None:
         """Call the servers that are there: one that died has no memory to give or to get, and starts awake."""
 
         async def tell(url: str) -> None:
-            with contextlib.suppress(harmless):
-                await self.servers.call(url, path, body)
+            with contextlib.suppress(ServerDown):
+                await self.servers.call(url, path)
+
+        self._on_each(tell)
+
+    def _on_each(self, work: Callable[[str], Coroutine[Any, Any, None]]) -> None:
+        """One coroutine for each server, all at once."""
 
         async def every() -> None:
-            await asyncio.gather(*map(tell, self.servers.urls))
+            await asyncio.gather(*map(work, self.servers.urls))
 
         self.servers.submit(every()).result()
 

@@ -185,8 +185,7 @@ def _supervise(
     settings = {"env": {}, "cwd": cwd, "bufsize": 0, "start_new_session": True, "pass_fds": pass_fds}
     settings |= dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen(argv, **settings, preexec_fn=partial(die_with_parent, signal.SIGKILL))
-    stdout, stderr = bytearray(), bytearray()
-    stopped = ""
+    stdout, stderr, stopped = bytearray(), bytearray(), ""
     with process.stdin, process.stdout, process.stderr, selectors.DefaultSelector() as selector:
         for pipe in (process.stdin, process.stdout, process.stderr):
             os.set_blocking(pipe.fileno(), False)
