@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from megatron_r1.weights import fp8
-from megatron_r1.weights.plans import QUANTIZED
 from megatron_r1.weights.rules import rules
 from megatron_r1.weights.safetensors_files import LENGTH_BYTES, Tensor, divide, make_header, make_index
 
@@ -65,7 +64,7 @@ def make(folder: Path, *, dense: int, sparse: int, vocabulary: int) -> int:
     (folder / "config.json").write_text(json.dumps(hf))
     tensors: list[Tensor] = []
     for source in (source for rule in rules(hf) for source in rule.hf):
-        if QUANTIZED.search(source.name):
+        if fp8.QUANTIZED.search(source.name):
             tensors.append(Tensor(source.name, fp8.DTYPE, source.shape))
             tensors.append(Tensor(source.name + fp8.SCALE_SUFFIX, torch.float32, fp8.scale_shape(source.shape)))
         else:
