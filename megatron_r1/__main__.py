@@ -21,6 +21,8 @@ import importlib
 import os
 import sys
 
+from megatron_r1.processes import importing
+
 USAGE_ERROR = 2  # exit code of every mistake a user can mend; its message is one line
 STAGES = {  # command -> file in stages/
     "sft": "sft",
@@ -74,7 +76,9 @@ def run(command: str, arguments: list[str]) -> int:
     config = load(command, arguments[0], arguments[1:])
     if "RANK" in os.environ:
         check_ranks(config.parallel.world_size)
-        importlib.import_module(f"megatron_r1.stages.{STAGES[command]}").main(config)
+        with importing():
+            stage = importlib.import_module(f"megatron_r1.stages.{STAGES[command]}")
+        stage.main(config)
         return 0
     from megatron_r1.checks import check
     from megatron_r1.launch import launch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import math_verify
 import pytest
 
 from megatron_r1.problem import Problem
@@ -55,7 +56,7 @@ def test_a_wrong_missing_or_unfinished_answer_scores_0(completion: str, answer: 
 
 
 def test_a_reference_that_cannot_be_judged_is_an_error_and_not_a_0(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(accuracy.math_verify, "verify", lambda *_, **__: False)
+    monkeypatch.setattr(math_verify, "verify", lambda *_, **__: False)
     with pytest.raises(ValueError, match="cannot judge the reference answer 'x'"):
         accuracy.reward("<answer>y</answer>", problem("x"))
 

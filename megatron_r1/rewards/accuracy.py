@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import re
 from fractions import Fraction
-from functools import lru_cache
-
-import math_verify
+from functools import cache, lru_cache
+from types import ModuleType
 
 from megatron_r1.problem import Problem
 from megatron_r1.verifying.completion import final_answer
@@ -28,6 +27,11 @@ def reward(completion: str, problem: Problem) -> float:
     return float(found is not None and is_equal(found, problem.answer))
 
 
+def warm_up() -> None:
+    """Import math-verify before the first answer's time runs."""
+    _math_verify()
+
+
 def is_equal(found: str, reference: str) -> bool:
     """Same text, same plain number, or the same to math-verify. An answer that cannot be parsed is not equal."""
     found, reference = _bare(found), _bare(reference)
@@ -37,9 +41,9 @@ def is_equal(found: str, reference: str) -> bool:
         return Fraction(found) == Fraction(reference)
     expected = _parse(reference)
     # math-verify answers False to its own errors too; a reference that does not equal itself shows that it is at fault.
-    if not math_verify.verify(expected, expected, timeout_seconds=None):
+    if not _math_verify().verify(expected, expected, timeout_seconds=None):
         raise ValueError(f"math-verify cannot judge the reference answer {reference!r}; correct it or use another reward")
-    return math_verify.verify(expected, _parse(found), timeout_seconds=None)
+    return _math_verify().verify(expected, _parse(found), timeout_seconds=None)
 
 
 def _bare(answer: str) -> str:
@@ -48,4 +52,12 @@ def _bare(answer: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _parse(answer: str) -> list:
-    return math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    return _math_verify().parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+
+
+@cache
+def _math_verify() -> ModuleType:
+    """1.5 seconds, and of the processes that read this file only the verifiers judge answers."""
+    import math_verify
+
+    return math_verify

@@ -10,6 +10,7 @@ import sys
 from functools import partial
 from importlib import metadata
 
+from megatron_r1.processes import importing
 from megatron_r1.rollout.server_process import is_cpu_build
 
 stock_version = metadata.version
@@ -27,13 +28,13 @@ def version(distribution_name: str) -> str:
 
 def main() -> None:
     metadata.version = version
-    if is_cpu_build():
+    with importing():
+        from vllm.entrypoints.cli.main import main as vllm_main
+        from vllm.entrypoints.openai import api_server  # noqa: F401  or it would be looked through when it is imported later
         from vllm.utils import system_utils
-
+    if is_cpu_build():
         # vLLM spawns its engine where OpenMP may have threads; here it has one, and a fork need not import vLLM once more (10 s of CPU)
         system_utils.get_mp_context = partial(multiprocessing.get_context, "fork")
-    from vllm.entrypoints.cli.main import main as vllm_main
-
     sys.argv = ["vllm", "serve", *sys.argv[1:]]
     vllm_main()
 

@@ -22,7 +22,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(rewards: list[str]) -> None:
-    """Imports the rewards, says that it is ready, then grades until stdin ends."""
+    """Imports the rewards, lets each warm up, says that it is ready, then grades until stdin ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a hung verifier must not outlive a killed trainer
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     requests, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
@@ -30,7 +30,7 @@ def main(rewards: list[str]) -> None:
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for name in rewards:
-        plugins.load("rewards", name)
+        getattr(plugins.load("rewards", name), "warm_up", _nothing)()
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in requests:
         print(json.dumps(grade(json.loads(line))), file=answers, flush=True)
@@ -44,6 +44,10 @@ def grade(request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # whatever a verifier raises on untrusted text is counted, and the run goes on
         return {"failure": f"{type(error).__name__}: {error}"[:500]}
     return {"score": score} if math.isfinite(score) else {"failure": f"returned {score}"}
+
+
+def _nothing() -> None:
+    """What most rewards have to warm up."""
 
 
 if __name__ == "__main__":

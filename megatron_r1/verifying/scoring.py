@@ -209,7 +209,8 @@ def check(
 ) -> None:
     """ValueError for an unknown reward, options of a reward without a weight, or an option the reward does not take.
 
-    A reward's module may have check(**options), which raises ValueError where it cannot work on this machine.
+    A reward's module may have check(**options), which raises ValueError where it cannot work on this machine, and warm_up(), for
+    imports that only a verifier process needs, before the first answer's time limit runs.
     """
     names = reward_names(weights, by_source)
     for pattern, table in by_source.items():
