@@ -105,6 +105,17 @@ def test_only_the_blocks_that_changed_get_a_new_scale():
     assert (error <= values.float().abs() / 16 + now.repeat_interleave(128, 0).repeat_interleave(128, 1) * 2**-10 + 1e-12).all()
 
 
+@pytest.mark.parametrize("times_the_scale", [480.0, 512.0, -480.0, 1024.0])
+def test_a_value_just_beyond_the_largest_code_gets_its_block_a_new_scale(times_the_scale: float):
+    """By e4m3's rule 480 would be the code of NaN, and the next exponents have no code."""
+    scale = torch.full((1, 1), 2.0**-10)
+    values = fp8.dequantize(codes(128, 128), scale)
+    values[5, 7] = times_the_scale * 2.0**-10
+    found, now = fp8.quantize(values, scale)
+    assert now.item() == pytest.approx(abs(times_the_scale) * 2.0**-10 / 448)
+    assert found[5, 7].float().item() == 448.0 * (1 if times_the_scale > 0 else -1)
+
+
 def test_a_block_of_zeros_stays_zeros():
     found, scale = fp8.quantize(torch.zeros(128, 128).bfloat16())
     assert not found.float().any()

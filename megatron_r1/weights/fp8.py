@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 
 BLOCK = 128
@@ -56,19 +57,38 @@ def quantize(weight: torch.Tensor, kept: torch.Tensor | None = None) -> tuple[to
     kept  scales that the weight once had: they are used for the blocks whose every value they explain, code for code,
           so that a weight that nobody changed gets its bytes back
     """
+    if kept is not None:
+        codes = _codes_by_kept(weight, kept)
+        if codes is not None:
+            return codes, kept
     values = weight.float()
+    scale = (_largest(values) / LARGEST).clamp_(min=SMALLEST_SCALE)
     if kept is None:
-        scale = (_largest(values) / LARGEST).clamp_(min=SMALLEST_SCALE)
         return _encode(values, scale), scale
-    codes = _encode(values, kept.float())
-    bits = BITS[weight.dtype]
-    explained = dequantize(codes, kept, weight.dtype).view(bits)
-    if torch.equal(explained, weight.view(bits)):
-        return codes, kept
-    changed = _largest((explained != weight.view(bits)).float()) > 0
-    scale = (_largest(values) / LARGEST).clamp_(min=SMALLEST_SCALE).to(kept.dtype)
-    scale = torch.where(changed, scale, kept)
+    explained = dequantize(_encode(values, kept.float()), kept, weight.dtype).view(BITS[weight.dtype])
+    changed = _largest((explained != weight.view(BITS[weight.dtype])).float()) > 0
+    scale = torch.where(changed, scale.to(kept.dtype), kept)
     return _encode(values, scale.float()), scale
+
+
+def _codes_by_kept(weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor | None:
+    """Codes whose values by these scales are the weight, bit for bit; None where there are none for every block.
+
+    `dequantize` backwards, twice as fast as a division and torch's conversion to e4m3. It need not round as they do: if what it
+    finds gives the weight back, then it is the code, for no two give the same value.
+    """
+    values = weight.float()
+    _by_block(values, 1 / (kept.float() * 256), torch.mul, out=values)
+    bits = values.half().view(torch.int16)
+    bits.add_(0x40).bitwise_and_(-0x4080)  # to the nearest that has 3 bits of mantissa; e4m3 has no place for the highest exponents
+    values = bits.view(torch.float16).float()
+    _by_block(values, kept.float() * 256, torch.mul, out=values)
+    found, given = (thing.view(BITS[weight.dtype]) for thing in (values.to(weight.dtype), weight))
+    if not np.array_equal(found.numpy(), given.numpy()):  # torch.equal takes eight times as long
+        return None
+    sign = (bits >> 8).bitwise_and_(0x80)
+    codes = (bits >> 7).bitwise_and_(0x7F).bitwise_or_(sign).to(torch.uint8).view(DTYPE)
+    return None if has_nan(codes) else codes
 
 
 def stream(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
