@@ -47,19 +47,20 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 
 
 class Pool:
-    """`world_size` processes, each with one pipe."""
+    """`world_size` processes, each with one pipe; `bare` ones have not imported Megatron yet."""
 
-    def __init__(self, world_size: int) -> None:
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["megatron_r1.stages.grpo"])
-        with mock.patch.dict(os.environ, ONE_THREAD):
-            forkserver.ensure_running()
+    def __init__(self, world_size: int, *, bare: bool = False) -> None:
+        context = get_context("spawn" if bare else "forkserver")
+        if not bare:
+            context.set_forkserver_preload(["megatron_r1.stages.grpo"])
+            with mock.patch.dict(os.environ, ONE_THREAD):
+                forkserver.ensure_running()
         port = free_port()
         self.processes, self.pipes = [], []
         for rank in range(world_size):
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, {name: str(value) for name, value in environment.items()}))
+            process = context.Process(target=_serve, args=(theirs, {name: str(value) for name, value in environment.items()} | ONE_THREAD))
             process.start()
             theirs.close()
             self.processes.append(process)

@@ -35,7 +35,7 @@ def with_engine(function: Any, *args: Any) -> Any:
 
 def on_engine(ranks: int, function: Any, *args: Any) -> list[Any]:
     """`function(*args)` on ranks of their own, for which Transformer Engine is the stand-in."""
-    pool = Pool(ranks)
+    pool = Pool(ranks, bare=True)
     try:
         return pool.run(with_engine, (function, *args), timeout=240)
     finally:
