@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from megatron_r1.parallel import Parallel
-from megatron_r1.weights import plans
+from megatron_r1.weights import plans, torch_dist_reader
 
 SIX = {
     "one rank": (1, {}),
@@ -129,3 +131,20 @@ def test_keys_and_shapes_are_those_that_megatron_saves(tmp_path):
             assert (entry.size, entry.properties.dtype) == (ours[key].size, ours[key].properties.dtype), key
     te = {"decoder.layers.0.self_attention.linear_q_up_proj.layer_norm_weight", "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"}
     assert te <= ours.keys(), "the names of Transformer Engine's layers"
+
+
+def test_looking_for_the_values_of_a_tensor_keeps_nothing(tmp_path: Path):
+    """torch kept a storage of each, and its place in the heap: the memory of a conversion grew with the number of tensors."""
+
+    def storages() -> int:
+        gc.collect()
+        return sum(isinstance(thing, torch.UntypedStorage) for thing in gc.get_objects())
+
+    files = [tmp_path / f"{i}.distcp" for i in range(8)]
+    for file in files:
+        torch.save(torch.ones(2, 3), file)
+    before = storages()
+    found = {torch_dist_reader._values_offset(file, 0, file.stat().st_size) for file in files}
+    assert storages() == before
+    [offset] = found
+    assert files[0].read_bytes()[offset:][:24] == torch.ones(6).numpy().tobytes()

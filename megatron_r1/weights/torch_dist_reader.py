@@ -129,8 +129,10 @@ class Pieces:
 @cache
 def _values_offset(path: Path, start: int, length: int) -> int:
     """Where the values begin in what torch.save wrote there. Raises ValueError for what is not a tensor's bytes in order."""
+    without_data = FakeTensorMode()
+    without_data.cache_enabled = False  # it keeps a little of each call, in the heap's gaps, where then no run of rows fits again
     try:
-        with path.open("rb") as file, FakeTensorMode():
+        with path.open("rb") as file, without_data:
             tensor = torch.load(_create_file_view(file, start, length), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError):
         raise ValueError(f"{path}: damaged or truncated at byte {start}; write or copy the checkpoint again") from None
