@@ -6,6 +6,8 @@ Transformer Engine is a stand-in here (fake_te.py), which computes on the CPU; M
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,16 +31,24 @@ NO_MTP = {"num_nextn_predict_layers": 0}
 def with_engine(function: Any, *args: Any) -> Any:
     import fake_te
 
-    fake_te.install()
+    if "transformer_engine" not in sys.modules:
+        fake_te.install()
+    fake_te.seen.clear()
     return function(*args)
 
 
-def on_engine(ranks: int, function: Any, *args: Any) -> list[Any]:
+@pytest.fixture(scope="module")
+def on_engine() -> Iterator[Callable[..., list[Any]]]:
     """`function(*args)` on ranks of their own, for which Transformer Engine is the stand-in."""
-    pool = Pool(ranks, bare=True)
-    try:
-        return pool.run(with_engine, (function, *args), timeout=240)
-    finally:
+    pools: dict[int, Pool] = {}
+
+    def run(ranks: int, function: Any, *args: Any) -> list[Any]:
+        if ranks not in pools:
+            pools[ranks] = Pool(ranks, bare=True)
+        return pools[ranks].run(with_engine, (function, *args), timeout=240)
+
+    yield run
+    for pool in pools.values():
         pool.kill()
 
 
@@ -65,7 +75,7 @@ TRAINED = {"train_mtp": True, "mtp_loss_scale": 0.5}
     ],
     ids=["one rank", "full-rank queries", "V3's recompute", "EP2"],
 )
-def test_layers_of_transformer_engine_train_as_the_local_ones(ranks, parallel, changes, training):
+def test_layers_of_transformer_engine_train_as_the_local_ones(ranks, parallel, changes, training, on_engine):
     expected = run_ranks(ranks, two_steps, parallel, {}, training, changes)[0]
     found = on_engine(ranks, two_steps, parallel, ENGINE, training, changes)[0]
     for mine, theirs in zip(found[0], expected[0], strict=True):
@@ -93,7 +103,7 @@ def fp8_steps(recipe: str) -> Any:
 
 
 @pytest.mark.parametrize("recipe", FP8)
-def test_fp8_runs_in_its_recipe_with_tokens_and_experts_padded(recipe):
+def test_fp8_runs_in_its_recipe_with_tokens_and_experts_padded(recipe, on_engine):
     loss, sizes, recipes, (fp8, name, parameters, recomputed) = on_engine(1, fp8_steps, recipe)[0]
     assert np.isfinite(loss)
     assert all(size % kernels.TOKENS[recipe] == 0 for size in sizes)
