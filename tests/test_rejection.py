@@ -161,6 +161,7 @@ def test_every_sample_is_accounted_for_and_the_statistics_are_metrics_and_a_tabl
     last = [json.loads(line) for line in (site.root / "run" / "metrics.jsonl").read_text().splitlines()][-1]
     source = f"{site.root}/sums.jsonl".strip("/")
     assert last["step"] == 25
+    assert 0.0 < last["cost/gpu_hours"] < 0.1
     for name in ("kept", "wrong", "truncated", "refused"):
         assert last[f"reject/{name}"] == last[f"reject/{source}/{name}"] == counts[name]
     assert "rejection sampling" in capsys.readouterr().out

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from megatron_r1 import data
 from megatron_r1.config_stages import RejectionConfig
-from megatron_r1.metrics import Record, progress
+from megatron_r1.metrics import Record, Stopwatch, progress
 from megatron_r1.problem import Problem
 from megatron_r1.rejection.drawing import REASONS, Drawer, Drawn
 from megatron_r1.rejection.filters import Filters
@@ -60,13 +60,14 @@ def main(config: RejectionConfig) -> None:
             def start(problem: Problem) -> Future[list[Drawn]]:
                 return nothing() if is_full(config, output, problem) else drawer.servers.submit(drawer.draw(problem))
 
-            rest = itertools.islice(problems, output.problems, None)
+            rest, watch = itertools.islice(problems, output.problems, None), Stopwatch()
             for problem, drawn in in_order(rest, start, window=config.window, stop=stop.is_noted):
                 add(config, output, problem=problem, drawn=drawn)
                 advance(1)
                 is_last = output.problems == total
                 if is_last or output.problems % config.logging.console_every == 0:
-                    metrics.log(output.problems, record(output, by_source=is_last))
+                    metrics.log(output.problems, {**record(output, by_source=is_last), "time/rollout": watch.record()["time/step"]})
+                    watch = Stopwatch()
         conclude(folder, output, total)
 
 
