@@ -42,5 +42,5 @@ def free_port() -> int:
 
 
 def die_with_parent(how: int = signal.SIGTERM) -> None:
-    """In a child before exec: the kernel ends it when the thread that started it ends, so that nothing outlives a run."""
+    """In a child: the kernel ends it when the thread that started it ends, so that nothing outlives a run."""
     LIBC.prctl(PR_SET_PDEATHSIG, how)
