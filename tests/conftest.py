@@ -1,13 +1,15 @@
-"""How the tests are shared out, and one real vLLM server for a session; the tests that use it send it the weights they need."""
+"""How the tests are shared out, and what they share: one real vLLM server for a session, ranks with the stand-in for Transformer Engine."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from fake_te import on_stand_in
+from ranks import Pool
 from servers import save, tiny_model
 from transformers import DeepseekV3ForCausalLM
 
@@ -28,7 +30,7 @@ class RealServer:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[RealServer]:
-    """A dummy-loaded tiny V3 behind `vllm serve`, and a client of it."""
+    """A dummy-loaded tiny V3 behind `vllm serve`, and a client of it; the tests that use it send it the weights they need."""
     folder = tmp_path_factory.mktemp("server")
     old, new = tiny_model(1), tiny_model(2)
     save(old, folder / "model")
@@ -45,6 +47,21 @@ def server(tmp_path_factory) -> Iterator[RealServer]:
     finally:
         engine.close()
         process.stop()
+
+
+@pytest.fixture(scope="module")
+def on_engine() -> Iterator[Callable[..., list[Any]]]:
+    """`on_engine(n, function, *args)`: on n ranks of their own, for which Transformer Engine is the stand-in."""
+    pools: dict[int, Pool] = {}
+
+    def run(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        if ranks not in pools:
+            pools[ranks] = Pool(ranks, bare=True)
+        return pools[ranks].run(on_stand_in, (function, *args), timeout=240)
+
+    yield run
+    for pool in pools.values():
+        pool.kill()
 
 
 def group(nodeid: str) -> str:

@@ -285,3 +285,11 @@ def install() -> None:
     module(f"{te}.pytorch.permutation", **{function.__name__: function for function in functions})
     unused = ("fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function")
     module(f"{te}.pytorch.router", **dict.fromkeys(unused))
+
+
+def on_stand_in(function: Any, *args: Any) -> Any:
+    """`function(*args)`, for a process that has not imported Megatron before its first call; `seen` is what this call has entered."""
+    if "transformer_engine" not in sys.modules:
+        install()
+    seen.clear()
+    return function(*args)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from mcore_runs import model
-from test_kernels import on_engine
 
 from benchmarks.gpu_check import flops, models
 from benchmarks.gpu_check.report import Row, as_json, collect, emit, table
@@ -117,14 +116,14 @@ def section(name: str) -> list[Row]:
     return collect(output.getvalue())
 
 
-def test_the_comparisons_of_layers_find_no_difference_where_there_is_none():
+def test_the_comparisons_of_layers_find_no_difference_where_there_is_none(on_engine):
     rows = {row.name: row for row in on_engine(1, section, "layers")[0]}
     assert len(rows) == 5
     assert all(row.verdict == "ok" for row in rows.values()), rows
     assert rows["tensors that loading and exporting changed"].value == 0
 
 
-def test_the_loss_curves_start_from_the_same_weights_and_learn():
+def test_the_loss_curves_start_from_the_same_weights_and_learn(on_engine):
     bf16, low, difference = on_engine(1, section, "curve")[0]
     assert bf16.note == low.note, "the stand-in computes FP8 in bf16: the first loss is the same"
     assert difference.value < 2e-3

@@ -6,8 +6,6 @@ Transformer Engine is a stand-in here (fake_te.py), which computes on the CPU; M
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mcore_runs import Run, model
-from ranks import Pool, run_ranks
+from ranks import run_ranks
 
 from megatron_r1.models import kernels
 from megatron_r1.models.kernels import Kernels
@@ -26,30 +24,6 @@ ENGINE = {"transformer_impl": "transformer_engine"}
 FP8 = ("blockwise", "tensorwise", "delayed", "mxfp8")
 EP2 = Parallel(expert_model_parallel_size=2)
 NO_MTP = {"num_nextn_predict_layers": 0}
-
-
-def with_engine(function: Any, *args: Any) -> Any:
-    import fake_te
-
-    if "transformer_engine" not in sys.modules:
-        fake_te.install()
-    fake_te.seen.clear()
-    return function(*args)
-
-
-@pytest.fixture(scope="module")
-def on_engine() -> Iterator[Callable[..., list[Any]]]:
-    """`function(*args)` on ranks of their own, for which Transformer Engine is the stand-in."""
-    pools: dict[int, Pool] = {}
-
-    def run(ranks: int, function: Any, *args: Any) -> list[Any]:
-        if ranks not in pools:
-            pools[ranks] = Pool(ranks, bare=True)
-        return pools[ranks].run(with_engine, (function, *args), timeout=240)
-
-    yield run
-    for pool in pools.values():
-        pool.kill()
 
 
 def two_steps(parallel: Parallel, options: dict[str, Any], training: dict[str, Any], changes: dict[str, Any]) -> Any:
@@ -162,7 +136,6 @@ def complaint(*, hf: dict[str, Any] = V3, parallel: Parallel = EP2, has_gpu: boo
     except ValueError as error:
         return str(error)
     return ""
-
 
 
 REFUSED = [
