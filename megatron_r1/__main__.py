@@ -83,7 +83,8 @@ def run(command: str, arguments: list[str]) -> int:
     from megatron_r1.checks import check
     from megatron_r1.launch import launch
 
-    check(config)
+    with importing():  # the algorithm's module checks its options, and needs torch
+        check(config)
     return launch(command, config)
 
 

@@ -1,7 +1,8 @@
 """Our plug-in of vLLM, loaded by each of its processes (entry point group `vllm.general_plugins`).
 
-It registers two weight-transfer backends that need no GPU, and mends what vLLM 0.32.0's CPU build gets wrong, mostly without
-an error: the model simply computes something else. Each mend has a test that fails when the stock build no longer needs it.
+It registers two weight-transfer backends that need no GPU, has tokens sent in packets (vllm_outputs.py), and mends what vLLM
+0.32.0's CPU build gets wrong, mostly without an error: the model simply computes something else. Each mend has a test that fails
+when the stock build no longer needs it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms import current_platform
 
+    from megatron_r1.rollout import vllm_outputs
+
+    vllm_outputs.install()
     for name, engine in ENGINES.items():
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, "megatron_r1.rollout.vllm_engines", engine)
