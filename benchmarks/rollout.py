@@ -21,7 +21,7 @@ from megatron_r1.rollout.engine import Request, SamplingParams
 from megatron_r1.rollout.server_process import CPU_ENV, ServerProcess, server_command
 from megatron_r1.rollout.vllm_server import VLLMServers
 
-PROMPTS, COMPLETIONS, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 16, 24, 46, 9
+PROMPTS, COMPLETIONS, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 16, 24, 46, 21
 LIMITS = {"max_model_len": 256, "max_num_seqs": 256}
 KV_CACHE_BYTES = 256 << 20
 

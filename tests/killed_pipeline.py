@@ -49,7 +49,7 @@ def main(unbroken: Path, scratch: Path, kills: int, seed: int) -> bool:
         started = time.monotonic()
         process = subprocess.Popen(command, start_new_session=True)
         try:
-            print(f"attempt {attempt}: ended with code {process.wait(draw.uniform(0.2, 1.0) * share)}", flush=True)
+            print(f"attempt {attempt}: ended with code {process.wait(draw.uniform(0.5, 1.5) * share)}", flush=True)
         except subprocess.TimeoutExpired:
             kill(process)
             print(f"attempt {attempt}: killed after {time.monotonic() - started:.0f} s", flush=True)

@@ -89,15 +89,15 @@ def new_weights() -> tuple[list, list, str]:
     def step(*outputs: EngineCoreOutput) -> list:
         made = {3: EngineCoreOutputs(outputs=list(outputs))}
         core._attach_weight_version(made)
-        return [(o.request_id, o.new_token_ids, made[3].weight_version) for o in made[3].outputs]
+        return [(client, o.request_id, o.new_token_ids, m.weight_version) for client, m in made.items() for o in m.outputs] or made
 
-    assert step(EngineCoreOutput("a", [10]), EngineCoreOutput("gone", [99])) == []
+    assert step(EngineCoreOutput("a", [10]), EngineCoreOutput("gone", [99])) == {}, "no message"
     del core.scheduler.requests["gone"]
-    assert step(EngineCoreOutput("a", [11])) == []
+    assert step(EngineCoreOutput("a", [11])) == {}
     core.set_weight_version("2")
     client, sent = core.output_queue.get_nowait()
     assert core.output_queue.empty()
-    assert step(EngineCoreOutput("a", [12])) == []
+    assert step(EngineCoreOutput("a", [12])) == {}
     del core.scheduler.requests["a"]
     sent = [(client, o.request_id, o.new_token_ids, sent.weight_version) for o in sent.outputs]
     return sent, step(EngineCoreOutput("a", [13])), core._weight_version
@@ -106,5 +106,5 @@ def new_weights() -> tuple[list, list, str]:
 def test_new_weights_find_nothing_of_the_old_ones_held_and_nothing_of_an_aborted_request(in_engine):
     sent, last, version = in_engine(new_weights)
     assert sent == [(3, "a", [10, 11], "1")]
-    assert last == [("a", [12, 13], "2")]
+    assert last == [(3, "a", [12, 13], "2")]
     assert version == "2"

@@ -34,6 +34,9 @@ CPU_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default wants a NUMA node for each worker
     "TORCHDYNAMO_DISABLE": "1",  # or the first request compiles gather_logprobs, with a C++ compiler
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # lets the worker live in the engine's process
+    # glibc would give a step's activations back to the kernel and ask for them again: 600 page faults a step, 2% of its time
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
 }
 
 
