@@ -88,8 +88,7 @@ def check_kernels(config: StageConfig, hf: dict[str, Any]) -> None:
 
 def data_parallel_size(config: StageConfig) -> int:
     """Ranks that train on different data."""
-    p = config.parallel
-    return p.world_size // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size)
+    return layout(config).data_parallel_size(config.parallel.world_size)
 
 
 def check_data(config: StageConfig) -> None:

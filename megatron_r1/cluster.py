@@ -41,7 +41,8 @@ def layout(config: StageConfig) -> list[str]:
     p, data_parallel = config.parallel, data_parallel_size(config)
     stages = p.virtual_pipeline_model_parallel_size
     lines = [
-        f"{p.world_size} trainer ranks = {p.tensor_model_parallel_size} tensor x {p.pipeline_model_parallel_size} pipeline"
+        f"{p.world_size} trainer ranks = {p.tensor_model_parallel_size} tensor x {p.context_parallel_size} context x "
+        f"{p.pipeline_model_parallel_size} pipeline"
         f"{f' ({stages} chunks each)' if stages else ''} x {data_parallel} data; {p.expert_model_parallel_size} expert"
     ]
     if isinstance(config, GRPOConfig):

@@ -51,6 +51,7 @@ class Layout(Section):
 
     world_size: Count = 1  # trainer ranks
     tensor_model_parallel_size: Count = 1
+    context_parallel_size: Count = 1  # ranks that share the tokens of each sequence, and so of each microbatch
     pipeline_model_parallel_size: Count = 1
     virtual_pipeline_model_parallel_size: Count | None = None
     expert_model_parallel_size: Count = 1
@@ -145,7 +146,7 @@ class Batch(Section):
     completions: Count = 16  # G, outputs a question
     minibatches: Count = 16  # optimizer steps a rollout
     inner_epochs: Count = 1
-    chunk_tokens: Count = 32_768  # packed tokens of one microbatch on one rank
+    chunk_tokens: Count = 32_768  # packed tokens of one microbatch, on all ranks of a context-parallel group together
     # DAPO's (arXiv 2503.14476) treatment of a rollout; R1 has none of it
     dynamic_sampling: NonNegative = 0  # rollouts more, at most, that replace groups of equal rewards by others; 0 = off
     overlong_tokens: NonNegative = 0  # the reward falls by up to 1 over the last so many tokens before the limit; 0 = off

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
 import torch
@@ -100,16 +100,39 @@ def _split_to_count(chunks: list[list[int]], lengths: Sequence[int], *, count: i
     return chunks
 
 
-def pack(sequences: Sequence[TokenSequence], chunks: list[list[int]], *, multiple: int = 1, pad_to: int | None = None) -> list[Microbatch]:
+def pack(
+    sequences: Sequence[TokenSequence],
+    chunks: list[list[int]],
+    *,
+    multiple: int = 1,
+    sequence_multiple: int = 1,
+    pad_to: int | None = None,
+) -> list[Microbatch]:
     """One Microbatch a chunk of one rank's plan.
 
-    T is the chunk's tokens rounded up to `multiple` (the tensor-parallel size, for sequence parallelism), or exactly
-    `pad_to` where all microbatches need the same T. Advantages and sampler log-probs are there if the sequences have them.
+    Each sequence is padded to `sequence_multiple` (context parallelism). T is the chunk's tokens rounded up to `multiple` (a multiple
+    of that one; the tensor-parallel size, for sequence parallelism), or exactly `pad_to` where all microbatches need the same T.
+    Advantages and sampler log-probs are there if the sequences have them.
     """
-    return [_microbatch([sequences[i] for i in indices], indices, multiple=multiple, pad_to=pad_to) for indices in chunks]
+    assert multiple % sequence_multiple == 0, f"{multiple=} {sequence_multiple=}"
+    sizes = {"multiple": multiple, "sequence_multiple": sequence_multiple, "pad_to": pad_to}
+    return [_microbatch([sequences[i] for i in indices], indices, **sizes) for indices in chunks]
 
 
-def _microbatch(members: list[TokenSequence], indices: list[int], *, multiple: int, pad_to: int | None) -> Microbatch:
+def _padded(sequence: TokenSequence, multiple: int) -> TokenSequence:
+    """The sequence with tokens that nothing is learned of at its end."""
+    extra = -len(sequence.ids) % multiple
+    if extra == 0:
+        return sequence
+    logprobs = None if sequence.sampler_logprobs is None else sequence.sampler_logprobs + [0.0] * extra
+    return replace(sequence, ids=sequence.ids + [0] * extra, learned=sequence.learned + [0] * extra, sampler_logprobs=logprobs)
+
+
+def _microbatch(
+    members: list[TokenSequence], indices: list[int], *, multiple: int, sequence_multiple: int, pad_to: int | None
+) -> Microbatch:
+    last = [len(s.ids) - 1 for s in members]
+    members = [_padded(s, sequence_multiple) for s in members]
     lengths = [len(s.ids) for s in members]
     total = sum(lengths)
     width = pad_to if pad_to is not None else max(1, -(-total // multiple)) * multiple
@@ -142,6 +165,7 @@ def _microbatch(members: list[TokenSequence], indices: list[int], *, multiple: i
         loss_mask_T=at_predictor(learned_T),
         sequence_T=torch.arange(len(sizes)).repeat_interleave(sizes),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        last_N=torch.tensor([start + i for start, i in zip(starts, last, strict=False)], dtype=torch.int64),
         num_sequences=len(members),
         indices=list(indices),
         advantages_T=advantages_T,

@@ -11,6 +11,7 @@ class Parallel:
     """Parallel sizes as Megatron spells them; data parallel is what is left of the world size."""
 
     tensor_model_parallel_size: int = 1
+    context_parallel_size: int = 1  # ranks that share the tokens of each sequence
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None  # model chunks a pipeline rank; None: one
     expert_model_parallel_size: int = 1
@@ -28,7 +29,7 @@ class Parallel:
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that train on different data."""
-        return world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
+        return world_size // (self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size)
 
     def layers_on_last_stage(self, num_layers: int) -> int:
         """Decoder layers of the last pipeline stage; the other stages share the rest equally.
@@ -54,12 +55,12 @@ def check(parallel: Parallel, world_size: int, hf: dict[str, Any]) -> None:
 
 
 def _check_world(parallel: Parallel, world_size: int) -> None:
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tensor, context, stages = parallel.tensor_model_parallel_size, parallel.context_parallel_size, parallel.pipeline_model_parallel_size
     expert, expert_tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_size
-    if world_size % (tensor * stages):
+    if world_size % (tensor * context * stages):
         raise ValueError(
-            f"parallel.world_size = {world_size}: not a multiple of tensor_model_parallel_size x pipeline_model_parallel_size"
-            f" = {tensor} x {stages}; use a multiple of {tensor * stages}"
+            f"parallel.world_size = {world_size}: not a multiple of tensor_model_parallel_size x context_parallel_size x"
+            f" pipeline_model_parallel_size = {tensor} x {context} x {stages}; use a multiple of {tensor * context * stages}"
         )
     if world_size % (expert * expert_tensor * stages):
         raise ValueError(

@@ -44,7 +44,8 @@ class Microbatch:
 
     Position t predicts token t+1 of its own sequence: `labels_T[t]` is that token, and `loss_mask_T[t]` is 1.0 where
     the label is a token to learn (a completion or assistant token). The last position of a sequence and all padding
-    have mask 0. Padding forms one trailing sequence of its own, counted in `cu_seqlens`, not in N.
+    have mask 0. Padding forms one trailing sequence of its own, counted in `cu_seqlens`, not in N; under context parallelism each
+    sequence ends with padding too, up to the multiple that its ranks divide.
     """
 
     tokens_T: torch.Tensor  # int64
@@ -53,6 +54,7 @@ class Microbatch:
     loss_mask_T: torch.Tensor  # float32
     sequence_T: torch.Tensor  # int64, index of the sequence each position belongs to (0 .. N-1; N for padding)
     cu_seqlens: torch.Tensor  # int32, [N + 1] or [N + 2] with the padding's own sequence
+    last_N: torch.Tensor  # int64, the position of each sequence's last token
     num_sequences: int  # N
     indices: list[int]  # where each sequence came from in the list that was packed
     advantages_T: torch.Tensor | None = None  # float32, the sequence's advantage at each of its positions

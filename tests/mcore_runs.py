@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.algorithms import grpo, sft
-from megatron_r1.packing import TokenSequence, pack, plan
+from megatron_r1.packing import TokenSequence, plan
 from megatron_r1.parallel import Parallel
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "models" / "tiny_v3" / "config.json"
@@ -71,7 +71,7 @@ class Run:
             chunks = plan([len(s.ids) for s in made], chunk_tokens=chunk_tokens, num_groups=ranks, count_multiple=multiple)[rank]
         else:
             chunks = [[i] for i in range(rank, len(made), ranks)]
-        return pack(made, chunks, multiple=self.policy.token_multiple)
+        return self.policy.pack(made, chunks)
 
     def grpo_step(self, number: int, *, chunk_tokens: int = 512) -> dict[str, float]:
         """Old and reference log-probs, then one optimizer step, on data that depend on `number` only."""

@@ -19,6 +19,7 @@ LAYOUTS = {
     "DP2": (2, Parallel()),
     "PP2": (2, Parallel(pipeline_model_parallel_size=2)),
     "TP2 x EP2": (2, Parallel(tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1)),
+    "CP2": (2, Parallel(context_parallel_size=2)),
 }
 Steps = dict[str, Any]
 
@@ -88,7 +89,7 @@ def test_in_its_own_layout_a_resumed_run_is_the_unbroken_one_to_the_bit(name: st
 
 @pytest.mark.parametrize(
     ("saved", "loaded"),
-    [("one rank", "TP2 x EP2"), ("one rank", "PP2"), ("PP2", "DP2"), ("TP2 x EP2", "one rank"), ("DP2", "TP2 x EP2")],
+    [("one rank", "TP2 x EP2"), ("one rank", "PP2"), ("PP2", "DP2"), ("TP2 x EP2", "one rank"), ("DP2", "TP2 x EP2"), ("CP2", "PP2")],
 )
 def test_in_another_layout_it_is_within_rounding(saved: str, loaded: str, runs: Any):
     folder, expected = runs(saved)

@@ -38,7 +38,9 @@ def test_a_preset_of_64_nodes_fits_deepseek_v3(stage):
 def test_a_plan_prints_the_effective_config_under_what_it_comes_to(tmp_path, capsys):
     assert tiny_plan(f"run.dir={tmp_path}") == 0
     said = capsys.readouterr().out
-    assert said.startswith("# 2 trainer ranks = 1 tensor x 1 pipeline x 2 data; 2 expert\n# a rollout: 32 problems x 16 = 512 outputs")
+    assert said.startswith(
+        "# 2 trainer ranks = 1 tensor x 1 context x 1 pipeline x 2 data; 2 expert\n# a rollout: 32 problems x 16 = 512 outputs"
+    )
     (tmp_path / "again.toml").write_text(said)
     assert config.load("grpo", tmp_path / "again.toml").run.dir == str(tmp_path)
 

@@ -76,9 +76,10 @@ LAYOUTS = {
     "TP2 x PP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "EP2": (2, {"expert_model_parallel_size": 2}),
     "DP2": (2, {}),
+    "CP2": (2, {"context_parallel_size": 2}),
 }
 MOVED = [(family, layout) for family in FAMILIES for layout in ("TP2", "PP2", "TP2 x PP2")] + [("qwen3_moe", "EP2")]
-TRAINED = [(family, layout) for family in FAMILIES for layout in ("TP2", "PP2", "DP2")] + [("qwen3_moe", "EP2")]
+TRAINED = [(family, layout) for family in FAMILIES for layout in ("TP2", "PP2", "DP2", "CP2")] + [("qwen3_moe", "EP2")]
 VARIANTS = {  # what the plain config of each leaves out
     "llama": {"attention_bias": True, "rope_scaling": LLAMA3 | {"factor": 8.0, "original_max_position_embeddings": 16}},
     "qwen2": {"tie_word_embeddings": True},
@@ -112,7 +113,7 @@ def alone() -> Callable[[str], Result]:
 def test_three_steps_of_grpo_are_those_of_one_rank(family, layout, alone):
     ranks, sizes = LAYOUTS[layout]
     results = run_ranks(ranks, grpo_steps, config(family, vocab_size=320, **VARIANTS[family]), sizes, 128)
-    assert_same(results[0], alone(family))
+    assert_same(results[0], alone(family), padding=0.2 if layout == "CP2" else 0.05)
 
 
 @pytest.mark.parametrize(("family", "recompute"), [("llama", "selective"), ("qwen3_moe", "full")])

@@ -69,7 +69,7 @@ class FakePolicy:
             m.old_logprobs_T = m.loss_mask_T * -1.0
 
 
-def rollout_of(rank_that_loses: int, lose: Sequence[int], tensor: int, updates_to_lose: int = 0) -> dict[str, Any]:
+def rollout_of(rank_that_loses: int, lose: Sequence[int], tensor: int, updates_to_lose: int = 0, context: int = 1) -> dict[str, Any]:
     """On each rank: six problems over the data-parallel ranks, two completions each."""
     from megatron_r1.mcore import distributed
     from megatron_r1.packing import TokenSequence, pack
@@ -77,7 +77,7 @@ def rollout_of(rank_that_loses: int, lose: Sequence[int], tensor: int, updates_t
     from megatron_r1.rollout.fleet import Fleet
     from megatron_r1.types import Problem
 
-    distributed.init(Parallel(tensor_model_parallel_size=tensor), seed=1)
+    distributed.init(Parallel(tensor_model_parallel_size=tensor, context_parallel_size=context), seed=1)
     try:
         loses = distributed.rank() == rank_that_loses
         engine = FakeEngine(lose if loses else (), updates_to_lose=updates_to_lose if loses else 0)
@@ -98,12 +98,14 @@ def rollout_of(rank_that_loses: int, lose: Sequence[int], tensor: int, updates_t
         distributed.shutdown()
 
 
-def test_every_rank_has_every_sample_and_only_leaders_sample():
-    first, second = run_ranks(2, rollout_of, 0, (), 2)
-    assert first["tokens"] == second["tokens"]
+@pytest.mark.parametrize(("tensor", "context"), [(2, 1), (1, 2), (2, 2)])
+def test_every_rank_has_every_sample_and_only_leaders_sample(tensor, context):
+    first, *others = run_ranks(tensor * context, rollout_of, 0, (), tensor, 0, context)
     assert len(first["tokens"]) == 12
     assert first["own order"] == sorted(first["own order"]), "the prompts' order, whatever order they finish in"
-    assert second["own order"] == second["asked"] == []
+    for other in others:
+        assert other["tokens"] == first["tokens"]
+        assert other["own order"] == other["asked"] == []
 
 
 def test_samples_do_not_depend_on_the_layout():

@@ -191,10 +191,11 @@ def test_sigusr1_saves_ends_with_code_0_and_the_run_goes_on(loop, unbroken):
     assert loop.losses("signalled") == unbroken
 
 
-def test_a_run_goes_on_at_another_layout_with_the_same_losses(loop, unbroken):
-    code, out = loop.run("moved", "steps=2")
+def test_at_other_layouts_a_run_has_the_same_losses(loop, unbroken):
+    two = ("parallel.world_size=2", "parallel.expert_model_parallel_size=2")
+    code, out = loop.run("moved", *two, "steps=2")
     assert code == 0, out
-    code, out = loop.run("moved", "parallel.world_size=2", "parallel.expert_model_parallel_size=2")
+    code, out = loop.run("moved", *two, "parallel.context_parallel_size=2")
     assert code == 0, out
     found = loop.losses("moved")
     assert sorted(found) == sorted(unbroken)

@@ -72,10 +72,22 @@ def test_a_packed_row_holds_each_sequence_and_its_labels_advantages_and_logprobs
     assert batch.sequence_T.tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
     assert batch.cu_seqlens.tolist() == [0, 2, 6, 8]
     assert (batch.num_sequences, batch.indices) == (2, [1, 0])
+    assert batch.last_N.tolist() == [1, 5]
     assert batch.advantages_T.tolist() == [-1, -1, 0.5, 0.5, 0.5, 0.5, 0, 0]
     torch.testing.assert_close(batch.sampler_logprobs_T, torch.tensor([-0.6, 0, 0, -0.3, -0.4, 0, 0, 0]))
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.tokens_T.dtype == batch.labels_T.dtype == batch.positions_T.dtype == batch.sequence_T.dtype == torch.int64
+
+
+def test_under_context_parallelism_each_sequence_ends_with_padding_of_its_own():
+    samples = [sample([1, 2], [3, 4, 5], 0.5), sample([6], [7], -1.0)]
+    (batch,) = pack([TokenSequence.from_sample(s) for s in samples], [[0, 1]], multiple=8, sequence_multiple=4)
+    assert batch.tokens_T.tolist() == [1, 2, 3, 4, 5, 0, 0, 0, 6, 7, 0, 0, 0, 0, 0, 0]
+    assert batch.loss_mask_T.tolist() == [0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert batch.cu_seqlens.tolist() == [0, 8, 12, 16]
+    assert batch.sequence_T.tolist() == [0] * 8 + [1] * 4 + [2] * 4
+    assert batch.last_N.tolist() == [4, 9]
+    torch.testing.assert_close(batch.sampler_logprobs_T[:9], torch.tensor([0, -0.3, -0.4, -0.5, 0, 0, 0, 0, -0.7]))
 
 
 def test_what_the_limit_cut_is_learned_from_unless_it_is_masked():

@@ -14,9 +14,12 @@ GOOD = [
     (4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
     (8, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "expert_model_parallel_size": 4}),
     (3, {"pipeline_model_parallel_size": 3, "num_hidden_layers": 7}),
+    (6, {"context_parallel_size": 3, "pipeline_model_parallel_size": 2}),
+    (8, {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 4}),
 ]
 BAD = [
     (3, {"tensor_model_parallel_size": 2}, "parallel.world_size = 3"),
+    (6, {"tensor_model_parallel_size": 2, "context_parallel_size": 2}, "= 2 x 2 x 1; use a multiple of 4"),
     (2, {"expert_model_parallel_size": 4}, "parallel.expert_model_parallel_size = 4"),
     (4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 4}, "parallel.expert_model_parallel_size = 4"),
     (2, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, "parallel.expert_tensor_parallel_size = 1"),

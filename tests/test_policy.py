@@ -30,7 +30,13 @@ LAYOUTS = {  # ranks, sizes, packed tokens of a microbatch
     "TP2 x EP2, ETP2": (4, Parallel(tensor_model_parallel_size=2, expert_model_parallel_size=2), 512),
     "EP2, ETP2": (4, Parallel(expert_model_parallel_size=2, expert_tensor_parallel_size=2), 512),
     "PP2 x EP2": (4, Parallel(pipeline_model_parallel_size=2, expert_model_parallel_size=2), 128),
+    "CP2": (2, Parallel(context_parallel_size=2), 512),
+    "CP3": (3, Parallel(context_parallel_size=3), 128),
+    "CP2 x TP2": (4, Parallel(context_parallel_size=2, tensor_model_parallel_size=2), 512),
+    "CP2 x PP2": (4, Parallel(context_parallel_size=2, pipeline_model_parallel_size=2), 128),
+    "CP2 x DP2, EP4": (4, Parallel(context_parallel_size=2, expert_model_parallel_size=4), 512),
 }
+PADDING = {2: 0.2, 3: 0.3}  # context parallelism pads each of these short sequences to a multiple of 4 or 6
 Result = tuple[list[dict[str, float]], dict[str, Any]]
 
 
@@ -88,11 +94,12 @@ def without_load(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if "moe/load" not in name}
 
 
-def assert_same(got: Result, expected: Result) -> None:
+def assert_same(got: Result, expected: Result, *, padding: float = 0.05) -> None:
+    """`padding`: how much the experts' load may differ by, for they count the padding too."""
     for mine, theirs in zip(got[0], expected[0], strict=True):
         assert mine.keys() == theirs.keys()
         assert without_load(mine) == pytest.approx(without_load(theirs), rel=1e-5)
-        assert mine == pytest.approx(theirs, abs=0.05), "experts count the padding too"
+        assert mine == pytest.approx(theirs, abs=padding)
         assert mine["policy/loss"] == pytest.approx(theirs["policy/loss"], abs=1e-6)
         assert mine["policy/grad_norm"] == pytest.approx(theirs["policy/grad_norm"], rel=3e-6)
     assert got[1].keys() == expected[1].keys()
@@ -111,7 +118,7 @@ def test_three_steps_of_grpo_are_those_of_one_rank(name: str, alone: Result):
     results = run_ranks(ranks, three_grpo_steps, parallel, chunk_tokens)
     for metrics, _ in results:
         assert metrics == results[0][0], "every rank reports the same"
-    assert_same(results[0], alone)
+    assert_same(results[0], alone, padding=PADDING.get(parallel.context_parallel_size, 0.05))
 
 
 def test_what_a_stage_sends_is_there_until_the_next_stage_has_it():
@@ -130,12 +137,13 @@ def test_recomputed_activations_change_nothing(recompute: str, parallel: Paralle
     assert_same(run_ranks(ranks, three_grpo_steps, parallel, 512, recompute)[0], alone)
 
 
-@pytest.mark.parametrize("name", ["TP2", "PP2", "VPP2", "EP2"])
+@pytest.mark.parametrize("name", ["TP2", "PP2", "VPP2", "EP2", "CP2", "CP3"])
 def test_sft_trains_the_mtp_layer_alike_in_every_layout(name: str):
     ranks, parallel, _ = LAYOUTS[name]
     expected = run_ranks(1, three_sft_steps, ONE, True)[0]
     assert expected[0][0]["policy/mtp_loss"] == pytest.approx(np.log(320), rel=0.2), "an untrained layer guesses"
-    assert_same(run_ranks(ranks, three_sft_steps, parallel, True)[0], expected)
+    found = run_ranks(ranks, three_sft_steps, parallel, True)[0]
+    assert_same(found, expected, padding=PADDING.get(parallel.context_parallel_size, 0.05))
 
 
 def weights_before_and_after(train_mtp: bool) -> tuple[dict[str, Any], dict[str, Any]]:

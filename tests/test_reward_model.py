@@ -36,6 +36,7 @@ LAYOUTS = {  # ranks, sizes, packed tokens of a microbatch
     "VPP2": (2, Parallel(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2), 128),
     "EP2": (2, Parallel(expert_model_parallel_size=2), 256),
     "TP2 x EP2, ETP1": (2, Parallel(tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1), 256),
+    "CP2": (2, Parallel(context_parallel_size=2), 256),
 }
 Result = tuple[list[dict[str, float]], dict[str, Any]]
 
@@ -47,7 +48,7 @@ def packed(run: Run, made: list[TokenSequence], *, answers: int, chunk_tokens: i
     lengths = [sum(len(s.ids) for s in made[i : i + answers]) for i in range(0, len(made), answers)]
     chunks = plan(lengths, chunk_tokens=chunk_tokens, num_groups=distributed.dp_size(), count_multiple=run.policy.count_multiple)
     members = [[answers * i + k for i in chunk for k in range(answers)] for chunk in chunks[distributed.dp_rank()]]
-    return pack(made, members, multiple=run.policy.token_multiple)
+    return run.policy.pack(made, members)
 
 
 def three_steps(parallel: Parallel, kind: str, chunk_tokens: int = 256) -> Result:

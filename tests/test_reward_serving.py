@@ -17,7 +17,7 @@ from ranks import run_ranks
 
 from megatron_r1 import models
 from megatron_r1.chat import Chat
-from megatron_r1.packing import TokenSequence, pack
+from megatron_r1.packing import TokenSequence
 from megatron_r1.parallel import Parallel
 from megatron_r1.problem import Conversation
 from megatron_r1.processes import free_port
@@ -57,7 +57,7 @@ def scored_and_exported(source: str, target: str, ids: list[list[int]], parallel
         run.policy.load_hf(source)
         found: dict[int, float] = {}
         sequences = [TokenSequence(ids=one, learned=[0] * len(one)) for one in ids]
-        batches = pack(sequences, [list(range(len(ids)))], multiple=run.policy.token_multiple)
+        batches = run.policy.pack(sequences, [list(range(len(ids)))])
         run.policy.scores(batches, partial(collected, found))
         shard.save(run.policy.chunks, hf, folder=target, source_folder=source)
         return [found[i] for i in range(len(ids))]

@@ -241,6 +241,7 @@ LAYOUTS = {
     "TP2 x EP2": (4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
     "EP2 x ETP2": (4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
     "PP2 x EP2": (4, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}),
+    "CP2 x EP2": (2, {"context_parallel_size": 2, "expert_model_parallel_size": 2}),
 }
 SHAPES = {"low-rank queries": {}, "full-rank queries, tied": {"q_lora_rank": None, "tie_word_embeddings": True, "first_k_dense_replace": 2}}
 

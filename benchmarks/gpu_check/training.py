@@ -19,7 +19,7 @@ from megatron_r1.algorithms import sft
 from megatron_r1.mcore import distributed
 from megatron_r1.mcore.policy import Policy, Training
 from megatron_r1.models.kernels import Kernels, is_installed
-from megatron_r1.packing import TokenSequence, pack
+from megatron_r1.packing import TokenSequence
 from megatron_r1.parallel import Parallel
 from megatron_r1.weights import fp8
 
@@ -59,7 +59,7 @@ def sequences(hf: dict[str, Any], lengths: tuple[int, ...], *, seed: int) -> lis
 
 def logprobs(policy: Policy, made: list[TokenSequence], chunks: list[list[int]]) -> torch.Tensor:
     """Log-prob of each token that has one, in the order of the sequences, whichever chunks they are packed in."""
-    batches = pack(made, chunks, multiple=policy.token_multiple)
+    batches = policy.pack(made, chunks)
     policy.attach_logprobs(batches, "old")
     found = {}
     for batch in batches:
@@ -117,7 +117,7 @@ def curve() -> None:
         weights = weights or {key: tensor.cpu() for key, tensor in policy.hf_weights()}
         policy.load(InMemory(weights))
         losses = [
-            policy.train_step(pack(made, [list(range(4))], multiple=policy.token_multiple), sft.loss)["policy/loss"] for made in data
+            policy.train_step(policy.pack(made, [list(range(4))]), sft.loss)["policy/loss"] for made in data
         ]
         tails[name] = statistics.mean(losses[-TAIL:])
         note = f"first {losses[0]:.4f}, mean of the last {TAIL}"
@@ -163,7 +163,7 @@ def timed(label: str, best: float, *, target: float | None, steps: bool, **kerne
     torch.cuda.reset_peak_memory_stats()
     hf = models.stack()
     policy, made, work = policy_of(hf, **kernels), sequences(hf, TIMED, seed=0), flops.training(hf, TIMED)
-    batches = pack(made, [list(range(len(made)))], multiple=policy.token_multiple)
+    batches = policy.pack(made, [list(range(len(made)))])
     [both] = milliseconds(partial(forward_backward, policy.chunks, batches))
     emit(Row("speed", f"forward and backward of {sum(TIMED)} tokens, {label}", both, "ms"))
     emit(Row("speed", f"of the matmul's rate, {label}", work / both * 1e3 / best))

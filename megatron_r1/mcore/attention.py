@@ -1,8 +1,10 @@
 """Causal attention over packed sequences (thd) with torch's scaled_dot_product_attention.
 
 The sequences are laid side by side in dense batches, padded on the right: there `is_causal=True` is exact, because a
-token never sees the padding after it. Legend: T packed tokens, N sequences, L the longest of a batch, H heads of this
-rank, K its key and value heads, D head dimension of queries and keys, E of values.
+token never sees the padding after it. Under context parallelism a rank has the queries of its tokens, and gathers all keys and values.
+
+Legend: T packed tokens, t those of this rank (context.py), N sequences, L the longest of a batch, l its part on this rank, H heads of
+this rank, K its key and value heads, D head dimension of queries and keys, E of values.
 """
 
 from __future__ import annotations
@@ -18,18 +20,29 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_r1.mcore.context import Division
+
 
 @dataclass
 class DenseBatches:
-    """How T packed tokens lie in dense batches; the batches one after another have P >= T places."""
+    """How packed tokens lie in dense batches; the batches one after another have P >= T places."""
 
     shapes: list[tuple[int, int]]  # (sequences, L) of each batch
     source_P: torch.Tensor  # the token in each place; in padding, the sequence's last one
     place_T: torch.Tensor  # the place of each token
 
+    def batches(self, packed: torch.Tensor) -> list[torch.Tensor]:
+        """[T, H, D] -> [N, H, L, D] of each batch; [T] -> [N, L]."""
+        pieces = packed[self.source_P].split([count * length for count, length in self.shapes])
+        laid = [piece.unflatten(0, shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        return [piece.transpose(1, 2) if packed.dim() == 3 else piece for piece in laid]
+
 
 def dense_batches(cu_seqlens: torch.Tensor) -> DenseBatches:
-    """Batches of sequences of similar length, so that padding at most doubles the tokens."""
+    """Batches of sequences of similar length, so that padding at most doubles the tokens.
+
+    They depend on the lengths' ratios alone: a rank's parts of the sequences lie as the sequences do.
+    """
     starts = cu_seqlens.tolist()
     spans = sorted(((stop - start, start) for start, stop in pairwise(starts) if stop > start), reverse=True)
     batches: list[list[tuple[int, int]]] = []
@@ -66,28 +79,43 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """query [T, H, D], key [T, K, D], value [T, K, E] -> [T, H * E]; `cu_seqlens_q` must cover all T tokens.
+        """query [t, H, D], key [t, K, D], value [t, K, E] -> [t, H * E]; `cu_seqlens_q` must cover all T tokens.
 
         With K < H, key head k serves the query heads k * H / K to (k + 1) * H / K - 1.
         """
         assert packed_seq_params is not None, "only packed sequences"
-        batches = getattr(packed_seq_params, "dense_batches", None)
-        if batches is None:  # the first layer of this microbatch
-            batches = packed_seq_params.dense_batches = dense_batches(packed_seq_params.cu_seqlens_q)
-        assert len(batches.place_T) == len(query), f"{len(batches.place_T)=} {len(query)=}"
+        plan = getattr(packed_seq_params, "attention_plan", None)
+        if plan is None:  # the first layer of this microbatch
+            plan = packed_seq_params.attention_plan = Plan(packed_seq_params)
+        assert len(plan.queries.place_T) == len(query), f"{len(plan.queries.place_T)=} {len(query)=}"
 
+        width = value.shape[-1]
+        key, value = (plan.division.join(tensor, is_shared=True) for tensor in (key, value))
         if (queries := query.shape[1] // key.shape[1]) > 1:
             key, value = (tensor.repeat_interleave(queries, dim=1) for tensor in (key, value))
-        width = value.shape[-1]
         value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))  # one width for all: torch's fused kernel on CPU
-        sizes = [count * length for count, length in batches.shapes]
-        pieces = [tensor[batches.source_P].split(sizes) for tensor in (query, key, value)]
-        outputs = []
-        for shape, *qkv in zip(batches.shapes, *pieces, strict=True):
-            q, k, v = (piece.unflatten(0, shape).transpose(1, 2) for piece in qkv)  # [N, H, L, D]
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
-            outputs.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs)[batches.place_T, :, :width].flatten(1)
+        q, k, v = plan.queries.batches(query), plan.keys.batches(key), plan.keys.batches(value)  # of [N, H, l or L, D]
+        outputs = [
+            torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)
+            for *qkv, mask in zip(q, k, v, plan.masks, strict=True)
+        ]
+        return torch.cat([out.transpose(1, 2).flatten(0, 1) for out in outputs])[plan.queries.place_T, :, :width].flatten(1)
+
+
+class Plan:
+    """What the attention of all layers to one microbatch has in common."""
+
+    def __init__(self, packed: PackedSeqParams) -> None:
+        self.division: Division = getattr(packed, "division", None) or Division(packed.cu_seqlens_q)
+        self.keys = self.queries = dense_batches(packed.cu_seqlens_q)
+        self.masks: list[torch.Tensor | None] = [None] * len(self.keys.shapes)  # [N, 1, l, L] each: whom a query sees; None: all before it
+        if self.division.size > 1:
+            self.queries = dense_batches(packed.cu_seqlens_q // self.division.size)
+            starts_T = packed.cu_seqlens_q[:-1].repeat_interleave(packed.cu_seqlens_q.diff())
+            positions_t = self.division.cut(torch.arange(len(starts_T), device=starts_T.device) - starts_T)
+            here = self.queries.batches(positions_t)
+            longest = [torch.arange(length, device=starts_T.device) for _, length in self.keys.shapes]
+            self.masks = [(places <= at[..., None])[:, None] for at, places in zip(here, longest, strict=True)]
 
 
 class GroupedAttention(SelfAttention):

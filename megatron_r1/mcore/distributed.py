@@ -46,6 +46,7 @@ def init(parallel: Parallel, seed: int, *, timeout_minutes: float = 30.0) -> Non
     _join(timeout=timedelta(minutes=timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
@@ -90,14 +91,16 @@ def dp_size() -> int:
 
 
 def is_model_parallel_leader() -> bool:
-    """Whether this is the rank of its model-parallel group (one copy of the model) that talks to vLLM and writes metrics."""
-    return dist.get_rank() == _leader()
+    """Whether this is the one of the ranks that train on the same data that talks to vLLM and writes metrics."""
+    return dist.get_rank() == _first(parallel_state.get_model_parallel_group()) == _first(parallel_state.get_context_parallel_group())
 
 
 def broadcast_in_model_parallel_group(value: Any) -> Any:
-    """The leader's `value`, on every rank of its model-parallel group; any object that pickles."""
+    """The leader's `value`, on every rank that trains on the same data; any object that pickles."""
     box = [value]
-    dist.broadcast_object_list(box, src=_leader(), group=parallel_state.get_model_parallel_group(), device=_device())
+    for group in (parallel_state.get_context_parallel_group(), parallel_state.get_model_parallel_group()):
+        if group.size() > 1:  # from the leader to those with its part of the model, then from each to those with the other parts
+            dist.broadcast_object_list(box, src=_first(group), group=group, device=_device())
     return box[0]
 
 
@@ -113,8 +116,8 @@ def gather_from_leaders(values: list[Any]) -> list[Any]:
     return [value for part in gather_over_dp(broadcast_in_model_parallel_group(values)) for value in part]
 
 
-def _leader() -> int:
-    return dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
+def _first(group: dist.ProcessGroup) -> int:
+    return dist.get_process_group_ranks(group)[0]
 
 
 def _device() -> torch.device:

@@ -4,14 +4,14 @@ Everything between the microbatches and the weights is Megatron's: model chunks,
 optimizer. What is here is the forward step they call back, and the reduction of what the loss reports.
 All methods are collective: every rank calls them, in the same order, with its own data-parallel rank's microbatches.
 
-Legend: T packed tokens, N sequences in a pack, V vocabulary shard of this rank.
+Legend: T packed tokens, t those of this rank (context.py), N sequences in a pack, V vocabulary shard of this rank.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +24,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_r1.mcore import cpu, reduction
+from megatron_r1.mcore.context import Division
 from megatron_r1.mcore.logprobs import token_logprobs
 from megatron_r1.mcore.optimizer import Training, make_optimizer, wrap
 from megatron_r1.mcore.reference import Reference
 from megatron_r1.models import is_reward_model
 from megatron_r1.models.build import build
+from megatron_r1.packing import TokenSequence, pack
 from megatron_r1.parallel import Parallel
 from megatron_r1.types import LossOutput, Microbatch
 from megatron_r1.weights import shard
@@ -37,7 +39,7 @@ from megatron_r1.weights.random import SCORE, NewHead, RandomWeights
 
 Loss = Callable[[torch.Tensor, torch.Tensor, Microbatch], LossOutput]
 ScoreLoss = Callable[[torch.Tensor, Microbatch], LossOutput]
-Finish = Callable[[Microbatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]
+Finish = Callable[[Microbatch, Division, torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]
 
 
 class Policy:
@@ -79,11 +81,12 @@ class Policy:
         """The optimizer step whose weights the reference has; None before there is one."""
         return self.reference.step if self.reference else None
 
-    @property
-    def token_multiple(self) -> int:
-        """What the T of every microbatch must be a multiple of: sequence parallelism divides it, FP8 takes it in blocks."""
-        divided = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
-        return divided * self.training.kernels.token_multiple
+    def pack(self, sequences: Sequence[TokenSequence], chunks: list[list[int]]) -> list[Microbatch]:
+        """`packing.pack` for this layout: sequence and context parallelism divide the tokens, FP8 takes them in blocks."""
+        context, tensor = self.parallel.context_parallel_size, self.parallel.tensor_model_parallel_size
+        each = 2 * context if context > 1 else 1
+        multiple = math.lcm(each, context * tensor * self.training.kernels.token_multiple)
+        return pack(sequences, chunks, multiple=multiple, sequence_multiple=each)
 
     @property
     def count_multiple(self) -> int:
@@ -205,41 +208,44 @@ class Policy:
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]]:
         """Megatron's forward step: one chunk's output for one microbatch, and what turns the last one's into the loss."""
         microbatch, packed = next(inputs)
-        targets = {"labels": microbatch.labels_T[None], "loss_mask": microbatch.loss_mask_T[None]} if labels else {}
+        cut = packed.division.cut
+        targets = {"labels": cut(microbatch.labels_T)[None], "loss_mask": cut(microbatch.loss_mask_T)[None]} if labels else {}
         output = model(
-            input_ids=microbatch.tokens_T[None],
-            position_ids=microbatch.positions_T[None],
+            input_ids=cut(microbatch.tokens_T)[None],
+            position_ids=cut(microbatch.positions_T)[None],
             attention_mask=None,
             packed_seq_params=packed,
             **targets,
         )
-        return output, partial(finish, microbatch)
+        return output, partial(finish, microbatch, packed.division)
 
     def _loss(
-        self, microbatch: Microbatch, logits: torch.Tensor, *, loss: Loss, temperature: float, outputs: list[LossOutput]
+        self, microbatch: Microbatch, division: Division, logits: torch.Tensor, *, loss: Loss, temperature: float, outputs: list[LossOutput]
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-        logprobs_T, entropy_T = token_logprobs(logits, microbatch.labels_T, mask_T=microbatch.loss_mask_T, temperature=temperature)
-        output = loss(logprobs_T, entropy_T, microbatch)
+        logprobs_t, entropy_t = _token_logprobs(microbatch, division, logits, temperature=temperature)
+        output = loss(division.join(logprobs_t), division.join(entropy_t), microbatch)
         if (mtp_loss := self.chunks[-1].module.mtp_loss) is not None:
-            value, tokens = torch.stack(mtp_loss).tolist()
+            sums = torch.stack(mtp_loss)
+            dist.all_reduce(sums, group=division.group)
+            value, tokens = sums.tolist()
             output.sums["policy/mtp_loss"] = (value, tokens)
         outputs.append(output)
-        return output.loss_sum, torch.tensor(output.count, dtype=torch.int, device=logits.device), {}
+        return _counted(output, division)
 
     def _score_loss(
-        self, microbatch: Microbatch, scores: torch.Tensor, *, loss: ScoreLoss, outputs: list[LossOutput]
+        self, microbatch: Microbatch, division: Division, scores: torch.Tensor, *, loss: ScoreLoss, outputs: list[LossOutput]
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-        """scores [1, T, 1]: a sequence's score is its last token's."""
-        ends_N = microbatch.cu_seqlens[1 : microbatch.num_sequences + 1].to(scores.device) - 1
-        output = loss(scores[0, :, 0].index_select(0, ends_N), microbatch)
+        """scores [1, t, 1]: a sequence's score is its last token's."""
+        scores_T = division.join(scores[0, :, 0])
+        output = loss(scores_T.index_select(0, microbatch.last_N), microbatch)
         outputs.append(output)
-        return output.loss_sum, torch.tensor(output.count, dtype=torch.int, device=scores.device), {}
+        return _counted(output, division)
 
     def _collect(
-        self, microbatch: Microbatch, logits: torch.Tensor, *, temperature: float, found: list[torch.Tensor]
+        self, microbatch: Microbatch, division: Division, logits: torch.Tensor, *, temperature: float, found: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-        logprobs_T, _ = token_logprobs(logits, microbatch.labels_T, mask_T=microbatch.loss_mask_T, temperature=temperature)
-        found.append(logprobs_T)
+        logprobs_t, _ = _token_logprobs(microbatch, division, logits, temperature=temperature)
+        found.append(division.join(logprobs_t))
         return logits.new_zeros(()), torch.zeros((), dtype=torch.int, device=logits.device), {}
 
     def _finalize_grads(self, chunks: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
@@ -258,9 +264,25 @@ def on_device(microbatch: Microbatch) -> Microbatch:
 
 
 def _packed(microbatch: Microbatch) -> PackedSeqParams:
+    """Megatron's description of the packing, and with it how context parallelism divides it."""
     bounds = microbatch.cu_seqlens.to(_device())
     longest = int(microbatch.cu_seqlens.diff().max())
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+    packed.division = Division(bounds)
+    return packed
+
+
+def _token_logprobs(
+    microbatch: Microbatch, division: Division, logits: torch.Tensor, *, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    labels_t, mask_t = division.cut(microbatch.labels_T), division.cut(microbatch.loss_mask_T)
+    return token_logprobs(logits, labels_t, mask_T=mask_t, temperature=temperature)
+
+
+def _counted(output: LossOutput, division: Division) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    """What Megatron's schedule is told of a loss. All ranks of a context-parallel group have the same one: the first one's counts."""
+    count = output.count if division.rank == 0 else 0
+    return output.loss_sum, torch.tensor(count, dtype=torch.int, device=output.loss_sum.device), {}
 
 
 def _device() -> torch.device:

@@ -51,7 +51,7 @@ def expert_load(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
     if not routers:
         return {}
     counts = torch.stack([router.local_tokens_per_expert for router in routers])
-    dist.all_reduce(counts, group=parallel_state.get_tensor_and_data_parallel_group())
+    dist.all_reduce(counts, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
     bias = torch.stack([router.expert_bias for router in routers])
     load = counts.amax(1) / counts.mean(1).clamp(min=1e-9)
     metrics = {}

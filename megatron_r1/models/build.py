@@ -99,6 +99,7 @@ def _layout(hf: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
+        "context_parallel_size": parallel.context_parallel_size,
         "pipeline_model_parallel_size": stages,
         "virtual_pipeline_model_parallel_size": (interleaved := parallel.virtual_pipeline_model_parallel_size),
         # two stages send each other two things at a time: batched, and without a group for each, one is taken for the other

@@ -77,7 +77,7 @@ class Fleet:
         self.policy.attach_logprobs([self.canary] * self.policy.count_multiple, "old", temperature=1.0)
         self.placement.sampling()
         if distributed.rank() == 0 and not lost:
-            length = int(self.canary.cu_seqlens[1])
+            length = int(self.canary.last_N[0]) + 1
             tokens = self.canary.tokens_T[:length].tolist()
             logprobs = self.canary.old_logprobs_T[: length - 1].tolist()
             try:

@@ -19,7 +19,7 @@ from megatron_r1.mcore.policy import Policy
 from megatron_r1.metrics import Metrics, Record, Stopwatch, progress
 from megatron_r1.mixture import Mixture
 from megatron_r1.models.kernels import Kernels
-from megatron_r1.packing import TokenSequence, pack, plan
+from megatron_r1.packing import TokenSequence, plan
 from megatron_r1.problem import Problem
 from megatron_r1.rollout.engine import SamplingParams, never
 from megatron_r1.rollout.fleet import Fleet
@@ -111,7 +111,7 @@ def make_fleet(config: StageConfig, policy: Policy, hf: dict[str, Any]) -> Fleet
     )
     engine.quantization = r.quantization
     ids = [(7919 * i + 17) % hf["vocab_size"] for i in range(CANARY_TOKENS)]
-    [canary] = pack([TokenSequence(ids=ids, learned=[1] * len(ids))], [[0]], multiple=policy.token_multiple)
+    [canary] = policy.pack([TokenSequence(ids=ids, learned=[1] * len(ids))], [[0]])
     placement = Colocated(engine, Offload(policy.chunks, policy.optimizer)) if r.placement == "colocated" else Dedicated()
     return Fleet(engine, policy, canary=canary, tolerance=r.canary_tolerance, seed=config.run.seed, placement=placement)
 
@@ -146,7 +146,7 @@ def packed(policy: Policy, sequences: list[TokenSequence], *, chunk_tokens: int)
     """This data-parallel rank's microbatches of one optimizer step."""
     lengths = [len(s.ids) for s in sequences]
     chunks = plan(lengths, chunk_tokens=chunk_tokens, num_groups=distributed.dp_size(), count_multiple=policy.count_multiple)
-    return pack(sequences, chunks[distributed.dp_rank()], multiple=policy.token_multiple)
+    return policy.pack(sequences, chunks[distributed.dp_rank()])
 
 
 def held_out_record(config: StageConfig, parts: Parts) -> Record:

@@ -18,7 +18,7 @@ from megatron_r1.config_stages import RewardModelConfig
 from megatron_r1.mcore import distributed
 from megatron_r1.mcore.policy import Policy, ScoreLoss
 from megatron_r1.metrics import Record, Stopwatch
-from megatron_r1.packing import TokenSequence, pack, plan
+from megatron_r1.packing import TokenSequence, plan
 from megatron_r1.preferences import load_preferences
 from megatron_r1.stages import common
 from megatron_r1.types import Microbatch
@@ -84,7 +84,7 @@ def packed(config: RewardModelConfig, policy: Policy, examples: list[Example]) -
     sequences = [TokenSequence(ids=ids, learned=[0] * len(ids)) for example in examples for ids in example.ids]
     answers = len(examples[0].ids)
     members = [[answers * i + k for i in chunk for k in range(answers)] for chunk in chunks[distributed.dp_rank()]]
-    return pack(sequences, members, multiple=policy.token_multiple)
+    return policy.pack(sequences, members)
 
 
 def loss(config: RewardModelConfig, examples: list[Example]) -> ScoreLoss:
