@@ -7,6 +7,7 @@
     python -m megatron_r1 convert {hf-to-megatron,megatron-to-hf,fp8-cast,compare,verify} ...
     python -m megatron_r1 plan {sft,grpo,...} CONFIG.toml ...             check a config; print what it comes to
     python -m megatron_r1 serve {grpo,...} CONFIG.toml rollout.host=NODE  a cluster node's vLLM servers
+    python -m megatron_r1 serve reward-model CONFIG.toml rollout.port=9000    the reward model that a run has trained
     python -m megatron_r1 allreduce NODE_GBPS PAIR_GBPS NODE ...          measure a cluster's links (slurm/env.sh runs it)
     python -m megatron_r1 status RUN                                      where a run stands, and what it cost
     python -m megatron_r1 report RUN [RUN2 ...]                           its figures as one HTML page

@@ -2,6 +2,7 @@
 
     python -m megatron_r1 plan  {grpo,sft} CONFIG.toml [section.key=value ...]    check; print the effective config
     python -m megatron_r1 serve {grpo,...} CONFIG.toml rollout.host=NODE rollout.port=8000   run this node's servers of the stage
+    python -m megatron_r1 serve reward-model CONFIG.toml rollout.port=9000                   of the reward model that it has trained
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from types import FrameType
 
 from megatron_r1 import config as configuration
 from megatron_r1.checks import check, data_parallel_size
-from megatron_r1.config_stages import STAGES, GRPOConfig, StageConfig
-from megatron_r1.launch import POLL_SECONDS, Servers
+from megatron_r1.config_stages import STAGES, GRPOConfig, RewardModelConfig, StageConfig
+from megatron_r1.launch import POLL_SECONDS, RewardServers, Servers
 
 
 def plan(arguments: list[str]) -> int:
@@ -58,7 +59,8 @@ def layout(config: StageConfig) -> list[str]:
 def serve(arguments: list[str]) -> int:
     """Run a node's vLLM servers until SIGTERM, restarting those that die; exits with 2 when one dies too often."""
     config = load("serve", arguments)
-    logs = Path(config.run.dir) / "logs" / config.rollout.host
+    kind = RewardServers if isinstance(config, RewardModelConfig) else Servers
+    servers = kind(config, Path(config.run.dir) / "logs" / config.rollout.host)
     asked = False
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -67,7 +69,7 @@ def serve(arguments: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
-    with Servers(config, logs) as servers:
+    with servers:
         print("serving", *servers.urls, flush=True)
         while not asked:
             servers.keep_alive()

@@ -15,10 +15,10 @@ from types import FrameType
 
 from megatron_r1.chat_templates import server_flags
 from megatron_r1.config import dump
-from megatron_r1.config_stages import RejectionConfig, StageConfig
+from megatron_r1.config_stages import RejectionConfig, RewardModelConfig, StageConfig
 from megatron_r1.config_types import Rollout
 from megatron_r1.processes import die_with_parent, free_port
-from megatron_r1.rollout.server_process import ServerProcess, model_flags, placement_flags, server_command
+from megatron_r1.rollout.server_process import ServerProcess, model_flags, placement_flags, reward_server_command, server_command
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 60.0  # a rank asked to stop saves a checkpoint first
@@ -51,28 +51,37 @@ class Servers:
     """The vLLM servers of this machine. They start in the background; the trainer waits for them when it first needs them."""
 
     def __init__(self, config: StageConfig, logs: Path) -> None:
-        r, s = config.rollout, config.sampling
-        longest = max([s.max_tokens, *(tokens for _, tokens in s.max_tokens_schedule)])
-        flags = model_flags(quantization=r.quantization, head_dtype=config.kernels.head_dtype) + placement_flags(r.placement)
+        r = config.rollout
         self.max_restarts = r.max_restarts
         self.restarts = 0
         self.processes: list[ServerProcess] = []
-        for i in range(0 if r.urls or not config.needs_rollouts else r.servers):
+        for i in range(self.count(config)):
             port = r.port + i if r.port else free_port()
-            argv, env = server_command(
-                config.model.path,
-                port=port,
-                dtype=config.model.dtype,
-                max_model_len=longest + r.max_prompt_tokens,
-                max_num_seqs=r.max_num_seqs,
-                kv_cache_bytes=r.kv_cache_mib << 20,
-                tensor_parallel_size=r.tensor_parallel_size,
-                weight_transfer=r.weight_transfer,
-                extra=["--host", r.host, *spanning(r), *flags, *own_weights(config), *r.vllm_args],
-            )
+            argv, env = self.command(config, port)
             env |= devices(i, servers=r.servers)
             self.processes.append(ServerProcess(argv, env, host=r.host, port=port, log_file=logs / f"server{i}.log"))
         self.urls = r.urls or [p.url for p in self.processes]
+
+    def count(self, config: StageConfig) -> int:
+        """How many start here."""
+        return 0 if config.rollout.urls or not config.needs_rollouts else config.rollout.servers
+
+    def command(self, config: StageConfig, port: int) -> tuple[list[str], dict[str, str]]:
+        """The command line and environment of the one at a port."""
+        r, s = config.rollout, config.sampling
+        longest = max([s.max_tokens, *(tokens for _, tokens in s.max_tokens_schedule)])
+        flags = model_flags(quantization=r.quantization, head_dtype=config.kernels.head_dtype) + placement_flags(r.placement)
+        return server_command(
+            config.model.path,
+            port=port,
+            dtype=config.model.dtype,
+            max_model_len=longest + r.max_prompt_tokens,
+            max_num_seqs=r.max_num_seqs,
+            kv_cache_bytes=r.kv_cache_mib << 20,
+            tensor_parallel_size=r.tensor_parallel_size,
+            weight_transfer=r.weight_transfer,
+            extra=["--host", r.host, *spanning(r), *flags, *own_weights(config), *r.vllm_args],
+        )
 
     def __enter__(self) -> Servers:
         for process in self.processes:
@@ -93,6 +102,27 @@ class Servers:
                 raise ValueError(f"rollout.max_restarts = {self.max_restarts}: a vLLM server died once more; {process.last_words()}")
             print(f"{process.url}: a vLLM server died, restart {self.restarts} of {self.max_restarts}; {process.last_words()}", flush=True)
             process.restart()
+
+
+class RewardServers(Servers):
+    """The servers of the reward model that a finished `reward-model` run has exported."""
+
+    def count(self, config: RewardModelConfig) -> int:
+        return config.rollout.servers
+
+    def command(self, config: RewardModelConfig, port: int) -> tuple[list[str], dict[str, str]]:
+        r, folder = config.rollout, Path(config.run.dir) / "hf"
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"run.dir = {config.run.dir!r}: no exported reward model in its hf; train it first (the command reward-model)")
+        return reward_server_command(
+            str(folder),
+            port=port,
+            dtype=config.model.dtype,
+            max_model_len=config.max_length,
+            kv_cache_bytes=r.kv_cache_mib << 20,
+            tensor_parallel_size=r.tensor_parallel_size,
+            extra=["--host", r.host, *spanning(r), *r.vllm_args],
+        )
 
 
 class Ranks:

@@ -48,3 +48,10 @@ def test_a_plan_prints_the_effective_config_under_what_it_comes_to(tmp_path, cap
 def test_a_plan_refuses_a_layout_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"parallel\.expert_model_parallel_size = 2.*not 3"):
         tiny_plan(f"run.dir={tmp_path}", "parallel.world_size=3")
+
+
+def test_a_reward_model_is_served_once_it_has_been_trained(tmp_path):
+    file = tmp_path / "helpful.toml"
+    file.write_text(f'kind = "pairwise"\npreferences = "p.jsonl"\nrun = {{ dir = "{tmp_path}" }}\nmodel = {{ path = "m" }}\n')
+    with pytest.raises(ValueError, match=f"run.dir = '{tmp_path}': no exported reward model"):
+        cluster.serve(["reward-model", str(file)])

@@ -79,7 +79,10 @@ LAYOUTS = {
     "CP2": (2, {"context_parallel_size": 2}),
 }
 MOVED = [(family, layout) for family in FAMILIES for layout in ("TP2", "PP2", "TP2 x PP2")] + [("qwen3_moe", "EP2")]
-TRAINED = [(family, layout) for family in FAMILIES for layout in ("TP2", "PP2", "DP2", "CP2")] + [("qwen3_moe", "EP2")]
+TRAINED = [(family, layout) for family in FAMILIES for layout in ("TP2", "PP2", "DP2")] + [
+    ("llama", "CP2"),
+    ("qwen3_moe", "EP2"),
+]
 VARIANTS = {  # what the plain config of each leaves out
     "llama": {"attention_bias": True, "rope_scaling": LLAMA3 | {"factor": 8.0, "original_max_position_embeddings": 16}},
     "qwen2": {"tie_word_embeddings": True},

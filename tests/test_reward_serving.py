@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import urllib.request
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,22 @@ from megatron_r1.parallel import Parallel
 from megatron_r1.problem import Conversation
 from megatron_r1.processes import free_port
 from megatron_r1.rewards import reward_model
-from megatron_r1.rollout.server_process import ServerProcess, reward_server_command
+from megatron_r1.rollout.server_process import ServerProcess
 from megatron_r1.types import LossOutput, Microbatch
 
 TINY = Path(__file__).resolve().parents[1] / "configs" / "models" / "tiny_v3"  # for its tokenizer, too
 TOLERANCE = 1e-4
+HELPFUL = """
+kind = "pairwise"
+preferences = "not read by the servers"
+max_length = 256
+[run]
+dir = "{folder}"
+[model]
+path = "{model}"
+[rollout]
+kv_cache_mib = 48
+"""
 MESSAGES = [
     [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     for prompt, answer in (
@@ -102,10 +114,11 @@ def test_transformers_loads_the_export_and_scores_as_the_trainer(family: str, te
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen2"])
 def test_vllm_serves_the_export_and_scores_the_same_tokens_as_the_trainer(family: str, tmp_path: Path):
-    folder, ids, expected = made(family, tmp_path, Parallel())
-    port = free_port()
-    argv, env = reward_server_command(str(folder), port=port, dtype="float32", max_model_len=256, kv_cache_bytes=48 << 20)
-    server = ServerProcess(argv, env, port=port, log_file=tmp_path / "server.log")
+    _, ids, expected = made(family, tmp_path, Parallel())
+    config_file, port = tmp_path / "helpful.toml", free_port()
+    config_file.write_text(HELPFUL.format(folder=tmp_path, model=TINY))
+    argv = [sys.executable, "-m", "megatron_r1", "serve", "reward-model", str(config_file), f"rollout.port={port}"]
+    server = ServerProcess(argv, {}, port=port, log_file=tmp_path / "server.log")
     server.start()
     try:
         server.wait_ready(300.0)
@@ -115,6 +128,7 @@ def test_vllm_serves_the_export_and_scores_the_same_tokens_as_the_trainer(family
             reward_model.ask(server.url, [{"role": "user", "content": "x" * 300}], limit_seconds=60.0)
     finally:
         server.stop()
+    assert server.process.returncode == 0
     assert scores == pytest.approx(expected, abs=TOLERANCE)
 
 

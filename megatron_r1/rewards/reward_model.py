@@ -1,6 +1,6 @@
 """The score of a reward model behind a vLLM server, squashed to 0 .. 1; helpful.py and safety.py are R1's two.
 
-    vllm serve runs/helpful/hf --runner pooling        a folder that the stage `reward-model` exported
+    python -m megatron_r1 serve reward-model helpful.toml rollout.port=9000      what the stage has trained by that config
 
 The server renders prompt and answer with the reward model's own chat template and tokenizes them, as the training did. A
 server that cannot be reached, refuses or takes too long raises: the verifier has failed, which is no score of 0.

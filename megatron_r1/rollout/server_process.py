@@ -97,18 +97,26 @@ def server_command(
 
 
 def reward_server_command(
-    model_folder: str, *, port: int, dtype: str, max_model_len: int, kv_cache_bytes: int | None = None, extra: Sequence[str] = ()
+    model_folder: str,
+    *,
+    port: int,
+    dtype: str,
+    max_model_len: int,
+    kv_cache_bytes: int | None = None,
+    tensor_parallel_size: int = 1,
+    extra: Sequence[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """The same of a server of a reward model's folder, with the folder's own weights: it answers /classify (rewards/reward_model.py)."""
     hf = json.loads((Path(model_folder) / "config.json").read_text())
     flags: dict[str, object] = {"host": "127.0.0.1", "port": port, "runner": "pooling", "dtype": dtype, "max-model-len": max_model_len}
+    flags["tensor-parallel-size"] = tensor_parallel_size
     if kv_cache_bytes is not None:
         flags["kv-cache-memory-bytes"] = kv_cache_bytes
     env = {name: value for name, value in COMMON_ENV.items() if name != "VLLM_SERVER_DEV_MODE"}
     switches = ["--disable-log-stats", "--disable-uvicorn-access-log"]
     if is_cpu_build():
         env |= CPU_ENV
-        flags |= cpu_flags(hf, 1)
+        flags |= cpu_flags(hf, tensor_parallel_size)
         switches.append("--enforce-eager")
     pairs = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     return [sys.executable, "-m", "megatron_r1.rollout.vllm_serve", model_folder, *pairs, *switches, *extra], env
