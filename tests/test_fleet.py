@@ -85,14 +85,18 @@ def rollout_of(rank_that_loses: int, lose: Sequence[int], tensor: int, updates_t
         fleet = Fleet(engine, FakePolicy(), canary=canary, tolerance=1.0, seed=1)
         problems = [(Problem(i, str(i), ""), [i, i]) for i in range(6)][distributed.dp_rank() :: distributed.dp_size()]
         seen: list[int] = []
-        samples = fleet.generate(problems, SamplingParams(max_tokens=4, n=2), on_sample=lambda s: seen.append(s.problem.id))
+        sampling = SamplingParams(max_tokens=4, n=2)
+        samples = fleet.generate(problems, sampling, on_sample=lambda s: seen.append(s.problem.id))
+        asked, updates = list(engine.asked), list(engine.updates)
+        again = distributed.gather_from_leaders(fleet.generate(problems, sampling, turn=1))
         everyone = distributed.gather_from_leaders(samples)
         return {
             "tokens": {(s.problem.id, s.group_index): s.completion_ids for s in everyone},
+            "again": {(s.problem.id, s.group_index): s.completion_ids for s in again},
             "own order": [(s.problem.id, s.group_index) for s in samples],
             "seen": seen,
-            "updates": engine.updates,
-            "asked": engine.asked,
+            "updates": updates,
+            "asked": asked,
         }
     finally:
         distributed.shutdown()
@@ -112,6 +116,14 @@ def test_samples_do_not_depend_on_the_layout():
     [alone] = run_ranks(1, rollout_of, 0, (), 1)
     spread, _ = run_ranks(2, rollout_of, 0, (), 1)
     assert spread["tokens"] == alone["tokens"]
+
+
+def test_the_same_prompts_are_sampled_otherwise_in_another_turn_with_the_same_weights():
+    [alone] = run_ranks(1, rollout_of, 0, (), 1)
+    spread, _ = run_ranks(2, rollout_of, 0, (), 1)
+    assert alone["again"].keys() == alone["tokens"].keys()
+    assert not [key for key, tokens in alone["again"].items() if tokens == alone["tokens"][key]]
+    assert spread["again"] == alone["again"]
 
 
 def test_a_lost_server_gets_the_weights_again_and_only_the_lost_requests():

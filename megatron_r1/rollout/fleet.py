@@ -92,15 +92,16 @@ class Fleet:
         sampling: SamplingParams,
         *,
         on_sample: Callable[[Sample], None] = lambda sample: None,
+        turn: int = 0,
         stop: Callable[[], bool] = never,
     ) -> list[Sample]:
         """`sampling.n` completions of each of this group's prompts, in the prompts' order; on its leader, else nothing.
 
         `on_sample` is called as each completion arrives, so that verifiers overlap generation. Once `stop` says so, what has
-        not arrived is aborted and left out. Collective.
+        not arrived is aborted and left out. With the same weights another `turn` samples others of a prompt. Collective.
         """
         leads = distributed.is_model_parallel_leader()
-        requests = {i: Request(i, ids, seed=self._seed_of(problem)) for i, (problem, ids) in enumerate(prompts)} if leads else {}
+        requests = {i: Request(i, ids, seed=self._seed_of(problem, turn)) for i, (problem, ids) in enumerate(prompts)} if leads else {}
         done: dict[int, list[Sample]] = {}
         for _ in range(MAX_RECOVERIES + 1):
             self.sync()
@@ -112,8 +113,8 @@ class Fleet:
             self.has_weights = False  # a server came back empty, so all of them get the weights again
         raise EngineError(f"rollout.urls: servers were lost {MAX_RECOVERIES + 1} times in one rollout; see their logs in <run.dir>/logs")
 
-    def _seed_of(self, problem: Problem) -> int:
-        return request_seed(self.seed, self.policy.version, problem.id)
+    def _seed_of(self, problem: Problem, turn: int) -> int:
+        return request_seed(self.seed, self.policy.version, problem.id, *([turn] if turn else []))
 
     def _collect(
         self,

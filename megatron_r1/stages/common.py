@@ -117,7 +117,7 @@ def make_fleet(config: StageConfig, policy: Policy, hf: dict[str, Any]) -> Fleet
 
 
 def roll_out(
-    parts: Parts, problems: list[Problem], sampling: SamplingParams, *, watch: Stopwatch, stop: Callable[[], bool] = never
+    parts: Parts, problems: list[Problem], sampling: SamplingParams, *, watch: Stopwatch, turn: int = 0, stop: Callable[[], bool] = never
 ) -> list[Sample]:
     """`sampling.n` scored completions of each problem, in the problems' order; all of them on every rank. Collective.
 
@@ -133,7 +133,7 @@ def roll_out(
             parts.scorer.submit(sample)
             advance(1)
 
-        samples = parts.fleet.generate(prompts, sampling, on_sample=on_sample, stop=stop)
+        samples = parts.fleet.generate(prompts, sampling, on_sample=on_sample, turn=turn, stop=stop)
     with watch.phase("verify"):
         if parts.scorer is not None:
             parts.scorer.collect(samples)

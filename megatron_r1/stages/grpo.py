@@ -81,12 +81,13 @@ def roll_out(config: GRPOConfig, parts: common.Parts, *, watch: Stopwatch) -> tu
     With dynamic sampling, each further rollout samples as many problems as there are groups without a signal.
     """
     how, groups = sampling(config, parts), []
-    for _ in range(1 + config.batch.dynamic_sampling):
+    for turn in range(1 + config.batch.dynamic_sampling):
         count = selection.missing(groups, config.batch.problems)
         if count == 0:
             break
         parts.watchdog.feed()
-        samples = common.roll_out(parts, parts.problems.take(count, step=parts.policy.step), how, watch=watch, stop=parts.stop.is_noted)
+        asked = parts.problems.take(count, step=parts.policy.step)  # where an epoch ends, some may have been asked before
+        samples = common.roll_out(parts, asked, how, watch=watch, turn=turn, stop=parts.stop.is_noted)
         if parts.stop.agreed():
             return [], []
         groups += [samples[start : start + how.n] for start in range(0, len(samples), how.n)]
