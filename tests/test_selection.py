@@ -88,7 +88,8 @@ def on_a_rank(solved: set[int], stop_after: int, batch: dict[str, int]) -> Rollo
         watchdog=SimpleNamespace(feed=lambda: None),
     )
 
-    def roll_out(parts, problems, sampling, *, watch, stop) -> list[Sample]:
+    def roll_out(parts, problems, sampling, *, watch, turn, stop) -> list[Sample]:
+        assert turn == len(asked), f"{turn=}"
         asked.append([p.id for p in problems])
         return [s for p in problems for s in group(p.id, 1.0, 0.0 if p.id in solved else 1.0, tokens=6)]
 
