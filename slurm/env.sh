@@ -43,7 +43,8 @@ step() {
   n=$(tr -cd , <<<"$nodes" | wc -c) n=$((n + 1))
   set -- srun --job-name="$name" --overlap --nodelist="$nodes" --nodes="$n" --ntasks=$((n * per)) --ntasks-per-node="$per" \
     --cpus-per-task=$((CPUS / per)) --output="$LOG/$name-%4t.log" "${CONTAINER[@]}" "$@"
-  if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@"; echo; else exec "$@"; fi
+  # a line is one write: steps that run beside each other print beside each other
+  if [ -n "${DRY_RUN:-}" ]; then printf '%s\n' "$(printf '%q ' "$@")"; else exec "$@"; fi
 }
 
 # train STAGE HOST,HOST,... RANKS_PER_NODE ARG...: the trainer step
