@@ -25,7 +25,6 @@ class Division:
     def __init__(self, cu_seqlens: torch.Tensor) -> None:
         self.group = parallel_state.get_context_parallel_group(check_initialized=False)
         self.rank, self.size = (self.group.rank(), self.group.size()) if self.group else (0, 1)
-        self.cu_seqlens = cu_seqlens
         if self.size > 1:
             tokens = [tokens_of(cu_seqlens, rank, size=self.size) for rank in range(self.size)]
             self.tokens_t = tokens[self.rank].to(cu_seqlens.device)
