@@ -22,16 +22,9 @@ import importlib
 import os
 import sys
 
+from megatron_r1 import rank
 from megatron_r1.processes import importing
 
-USAGE_ERROR = 2  # exit code of every mistake a user can mend; its message is one line
-STAGES = {  # command -> file in stages/
-    "sft": "sft",
-    "grpo": "grpo",
-    "reject": "rejection",
-    "eval": "evaluate",
-    "reward-model": "reward_model",
-}
 TOOLS = {  # command -> module and its function of the arguments, which returns the exit code
     "demo": ("demo", "demo"),
     "r1-tiny": ("r1_tiny", "r1_tiny"),
@@ -50,14 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__.strip())
-        return 0 if argv else USAGE_ERROR
-    try:
-        return run(argv[0], argv[1:])
-    except ValueError as error:
-        if os.environ.get("MEGATRON_R1_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return USAGE_ERROR
+        return 0 if argv else rank.USAGE_ERROR
+    return rank.exit_code(lambda: run(argv[0], argv[1:]))
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -67,23 +54,18 @@ def run(command: str, arguments: list[str]) -> int:
         return getattr(importlib.import_module(f"megatron_r1.{module}"), function)(arguments)
     if command == "pipeline":
         return run_pipeline(arguments)
-    if command not in STAGES:
-        raise ValueError(f"command {command!r}: no such command; use one of {', '.join([*TOOLS, 'pipeline', *STAGES])}")
+    if command not in rank.STAGES:
+        raise ValueError(f"command {command!r}: no such command; use one of {', '.join([*TOOLS, 'pipeline', *rank.STAGES])}")
     if not arguments:
         example = f"configs/tiny_{command.replace('-', '_')}.toml"
         raise ValueError(f"{command}: give a config file, as in: python -m megatron_r1 {command} {example}")
-    from megatron_r1.config import load
-
-    config = load(command, arguments[0], arguments[1:])
     if "RANK" in os.environ:
-        check_ranks(config.parallel.world_size)
-        with importing():
-            stage = importlib.import_module(f"megatron_r1.stages.{STAGES[command]}")
-        stage.main(config)
-        return 0
+        return rank.run(command, arguments)
     from megatron_r1.checks import check
+    from megatron_r1.config import load
     from megatron_r1.launch import launch
 
+    config = load(command, arguments[0], arguments[1:])
     with importing():  # the algorithm's module checks its options, and needs torch
         check(config)
     return launch(command, config)
@@ -102,13 +84,6 @@ def run_pipeline(arguments: list[str]) -> int:
         print(pipeline.listing(config))
         return 0
     return pipeline.main(config, lambda job: run(job.command, [job.config, *job.overrides]))
-
-
-def check_ranks(world_size: int) -> None:
-    """The job has as many ranks as the config's layout is for."""
-    started = int(os.environ["WORLD_SIZE"])
-    if started != world_size:
-        raise ValueError(f"parallel.world_size = {world_size}: {started} ranks were started; set it to {started} or start {world_size}")
 
 
 if __name__ == "__main__":

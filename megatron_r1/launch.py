@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
 
+from megatron_r1 import rank
 from megatron_r1.chat_templates import server_flags
+from megatron_r1.checks import has_gpu
 from megatron_r1.config import dump
 from megatron_r1.config_stages import RejectionConfig, RewardModelConfig, StageConfig
 from megatron_r1.config_types import Rollout
@@ -21,6 +23,7 @@ from megatron_r1.processes import die_with_parent, free_port
 from megatron_r1.rollout.server_process import ServerProcess, model_flags, placement_flags, reward_server_command, server_command
 
 POLL_SECONDS = 0.1
+STDOUT, STDERR = 1, 2
 GRACE_SECONDS = 60.0  # a rank asked to stop saves a checkpoint first
 
 
@@ -126,28 +129,33 @@ class RewardServers(Servers):
 
 
 class Ranks:
-    """The trainer ranks of this machine: one program, RANK and WORLD_SIZE as torchrun sets them."""
+    """The trainer ranks of this machine: each runs one command line of this program, RANK and WORLD_SIZE as torchrun sets them.
+
+    They are forked from this process, which imports for all of them what costs each 5 s of a core. Where there is a GPU they are
+    spawned: an import may look for one, and what CUDA has begun does not survive a fork.
+    """
 
     def __init__(self, stage: str, config_file: Path, *, overrides: list[str], world_size: int, logs: Path) -> None:
-        port = str(free_port())
-        argv = [sys.executable, "-m", "megatron_r1", stage, str(config_file), *overrides]
+        how = "spawn" if has_gpu() else "fork"
+        if how == "fork":
+            rank.stage(stage)
+        context = get_context(how)
+        environment = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.logs = [logs / f"{stage}.rank{rank}.log" for rank in range(world_size)]
         self.processes = []
-        for rank, log in enumerate(self.logs):
-            env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            env.setdefault("OMP_NUM_THREADS", "1")  # ranks and servers share the cores; spinning threads cost tenfold
-            with log.open("ab") as file:
-                out = None if rank == 0 else file  # rank 0 speaks for all
-                self.processes.append(subprocess.Popen(argv, env=env, stdout=out, stderr=file, preexec_fn=die_with_parent))
+        for number, log in enumerate(self.logs):
+            own = environment | {"RANK": str(number), "LOCAL_RANK": str(number)}
+            process = context.Process(target=be_rank, args=(stage, [str(config_file), *overrides]), kwargs={"environment": own, "log": log})
+            process.start()
+            self.processes.append(process)
 
     def poll(self) -> list[int | None]:
-        return [p.poll() for p in self.processes]
+        return [p.exitcode for p in self.processes]
 
     def signal(self, number: int) -> None:
         for p in self.processes:
-            if p.poll() is None:
-                p.send_signal(number)
+            if p.exitcode is None:
+                os.kill(p.pid, number)
 
     def end(self) -> None:
         """Ask, wait, then kill."""
@@ -157,17 +165,32 @@ class Ranks:
             time.sleep(POLL_SECONDS)
         self.signal(signal.SIGKILL)
         for p in self.processes:
-            p.wait()
+            p.join()
 
     def failure(self) -> str:
         """Why the run ended, from the log of the rank that failed first: its one line, or the traceback's end."""
         codes = self.poll()
-        rank = codes.index(2) if 2 in codes else next(i for i, code in enumerate(codes) if code)
-        lines = self.logs[rank].read_text(errors="replace").splitlines()
+        first = codes.index(2) if 2 in codes else next(i for i, code in enumerate(codes) if code)
+        lines = self.logs[first].read_text(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("error: ")]
-        if codes[rank] == 2 and errors:
+        if codes[first] == 2 and errors:
             return errors[-1]
-        return "\n".join([*lines[-25:], f"error: rank {rank} ended with code {codes[rank]}; whole log: {self.logs[rank]}"])
+        return "\n".join([*lines[-25:], f"error: rank {first} ended with code {codes[first]}; whole log: {self.logs[first]}"])
+
+
+def be_rank(stage: str, arguments: list[str], *, environment: dict[str, str], log: Path) -> None:
+    """In a new process: one rank. Rank 0 speaks for all; what the others say is in their logs, as everybody's warnings and errors."""
+    die_with_parent()
+    os.environ.update(environment)
+    with log.open("ab") as file:
+        for stream in (STDERR,) if environment["RANK"] == "0" else (STDOUT, STDERR):
+            os.dup2(file.fileno(), stream)
+    if "OMP_NUM_THREADS" not in os.environ:  # ranks and servers share the cores; spinning threads cost tenfold
+        import torch
+
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+    sys.exit(rank.exit_code(lambda: rank.run(stage, arguments)))
 
 
 def run_ranks(stage: str, config: StageConfig, servers: Servers) -> int:

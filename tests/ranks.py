@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from typing import Any
 from unittest import mock
 
@@ -50,11 +51,7 @@ class Pool:
     """`world_size` processes, each with one pipe; `bare` ones have not imported Megatron yet."""
 
     def __init__(self, world_size: int, *, bare: bool = False) -> None:
-        context = get_context("spawn" if bare else "forkserver")
-        if not bare:
-            context.set_forkserver_preload(["megatron_r1.stages.grpo"])
-            with mock.patch.dict(os.environ, ONE_THREAD):
-                forkserver.ensure_running()
+        context = get_context("spawn") if bare else importer()
         port = free_port()
         self.processes, self.pipes = [], []
         for rank in range(world_size):
@@ -102,6 +99,15 @@ class Pool:
             process.kill()
         for process in self.processes:
             process.join()
+
+
+def importer() -> BaseContext:
+    """The context whose processes are forked from one that has imported the program."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["megatron_r1.stages.grpo"])
+    with mock.patch.dict(os.environ, ONE_THREAD):
+        forkserver.ensure_running()
+    return context
 
 
 def _serve(pipe: Connection, environment: dict[str, str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run
 from safetensors.torch import save_file
 from test_servers import Stub
 
@@ -84,11 +84,9 @@ def plain(folder: Path) -> Iterator[ServerProcess]:
 
 def evaluated(folder: Path, *overrides: str) -> str:
     """The console's text of one `eval` run."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    argv = [sys.executable, "-m", "megatron_r1", "eval", str(folder / "eval.toml"), *overrides]
-    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    code, output = run("eval", folder / "eval.toml", *overrides, timeout=LIMIT)
+    assert code == 0, output
+    return output
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

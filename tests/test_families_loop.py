@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run
 from families import config, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,10 +47,8 @@ def run_loop(folder: Path, hf: dict[str, Any]) -> list[dict[str, Any]]:
     shutil.copytree(TINY, folder / "model")
     write_model(hf, folder / "model")
     (folder / "grpo.toml").write_text(CONFIG.format(folder=folder))
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    argv = [sys.executable, "-m", "megatron_r1", "grpo", str(folder / "grpo.toml")]
-    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = run("grpo", folder / "grpo.toml", timeout=LIMIT)
+    assert code == 0, output
     return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
 
 

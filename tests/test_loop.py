@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from commands import Command
 
 from megatron_r1.processes import free_port
 from megatron_r1.rollout.server_process import ServerProcess, server_command
@@ -80,23 +78,19 @@ class Loop:
     def __init__(self, folder: Path, url: str) -> None:
         self.folder, self.url = folder, url
 
-    def start(self, name: str, *overrides: str) -> subprocess.Popen[str]:
+    def start(self, name: str, *overrides: str) -> Command:
         file = self.folder / f"{name}.toml"
         file.write_text(CONFIG.format(folder=self.folder, name=name, url=self.url, model=TINY))
-        argv = [sys.executable, "-m", "megatron_r1", "grpo", str(file), *overrides]
-        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return Command("grpo", file, *overrides)
 
     def run(self, name: str, *overrides: str) -> tuple[int, str]:
-        process = self.start(name, *overrides)
-        out, _ = process.communicate(timeout=LIMIT)
-        return process.returncode, out
+        return self.start(name, *overrides).wait(LIMIT)
 
-    def wait(self, process: subprocess.Popen[str], condition: Callable[[], Any]) -> None:
+    def wait(self, process: Command, condition: Callable[[], Any]) -> None:
         """Until it comes true, while the run goes on."""
         limit = time.monotonic() + LIMIT
         while not condition():
-            assert process.poll() is None, process.stdout.read()
+            assert process.poll() is None, process.output
             assert time.monotonic() < limit
             time.sleep(0.1)
 
@@ -171,8 +165,8 @@ def test_a_run_that_is_killed_goes_on_bitwise_equal_its_kl_included(loop, unbrok
     loop.wait(process, (loop.folder / "killed/checkpoints/latest").exists)
     for rank in psutil.Process(process.pid).children():
         rank.kill()
-    out, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 1, out
+    code, out = process.wait(LIMIT)
+    assert code == 1, out
     code, out = loop.run("killed")
     assert code == 0, out
     assert "resumed at step" in out, out
@@ -183,8 +177,8 @@ def test_sigusr1_saves_ends_with_code_0_and_the_run_goes_on(loop, unbroken):
     process = loop.start("signalled")
     loop.wait(process, lambda: loop.losses("signalled"))
     process.send_signal(signal.SIGUSR1)
-    out, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, out
+    code, out = process.wait(LIMIT)
+    assert code == 0, out
     assert "ended on request" in out, out
     code, out = loop.run("signalled")
     assert code == 0, out
@@ -239,8 +233,8 @@ def test_two_runs_cannot_write_to_one_folder(loop):
     first = loop.start("twice", "steps=600")
     loop.wait(first, lambda: loop.records("twice"))
     code, out = loop.run("twice")
-    first.kill()
-    first.communicate()
+    first.send_signal(signal.SIGKILL)
+    first.wait(LIMIT)
     assert code == 2, out
     assert "run.dir" in out.splitlines()[-1]
 

@@ -93,7 +93,7 @@ def test_a_pipeline_killed_in_the_middle_goes_on_to_its_end_and_its_page(setting
         assert time.monotonic() < limit, "no checkpoint of the first RL stage"
         time.sleep(0.1)
     kill(first)
-    assert not running(str(root)), "nothing outlives the run"
+    assert not running(str(settings.parent)), "nothing outlives the run"
     second = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT, check=False)
     assert second.returncode == 0, second.stdout
     assert "--- r1_zero: done" in second.stdout

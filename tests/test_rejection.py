@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from chats import Answer, ChatStub, said
+from commands import Command
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_r1 import config as configuration
@@ -259,11 +257,9 @@ def test_a_run_that_is_done_asks_no_server_and_one_with_other_settings_is_refuse
         rejection.main(site.config(stub.url, "samples=5"))
 
 
-def stage(site: Site, run: str) -> subprocess.Popen[str]:
+def stage(site: Site, run: str) -> Command:
     """The stage's process, as the launcher starts it."""
-    argv = [sys.executable, "-m", "megatron_r1", "reject", str(site.root / "reject.toml"), f"run.dir={site.root}/{run}"]
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}
-    return subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Command("reject", site.root / "reject.toml", f"run.dir={site.root}/{run}", RANK="0", WORLD_SIZE="1")
 
 
 def wait_for_problems(site: Site, run: str, count: int) -> None:
@@ -283,15 +279,14 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes_and_the_same_counts(site
         process = stage(site, "killed")
         wait_for_problems(site, "killed", at)
         process.send_signal(how)
-        out, _ = process.communicate(timeout=LIMIT)
-        assert process.returncode == (0 if how == signal.SIGTERM else -how), out
+        code, out = process.wait(LIMIT)
+        assert code == (0 if how == signal.SIGTERM else -how), out
         assert how != signal.SIGTERM or "start the same command again to go on" in out
         assert not (site.root / "killed" / "done").exists()
         with (site.root / "killed" / rejection.OUTPUT).open("a") as file:
             file.write('{"messages": [{"role": "us')
-    process = stage(site, "killed")
-    out, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, out
+    code, out = stage(site, "killed").wait(LIMIT)
+    assert code == 0, out
     assert site.output("killed") == site.output()
     assert site.counts("killed") == site.counts()
     assert site.all()["kept"] == 90

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import Command
 from mcore_runs import Run, model, sequences
 from ranks import run_ranks
 
@@ -210,13 +208,11 @@ def write_preferences(file: Path, kind: str, *, count: int = 224) -> None:
             lines.write(json.dumps(row) + "\n")
 
 
-def start(folder: Path, kind: str, *, epochs: int, model_folder: Path = TINY, overrides: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(folder: Path, kind: str, *, epochs: int, model_folder: Path = TINY, overrides: tuple[str, ...] = ()) -> Command:
     folder.mkdir(exist_ok=True)
     write_preferences(folder / "preferences.jsonl", kind)
     (folder / "stage.toml").write_text(STAGE.format(kind=kind, epochs=epochs, folder=folder, model=model_folder))
-    argv = [sys.executable, "-m", "megatron_r1", "reward-model", str(folder / "stage.toml"), *overrides]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Command("reward-model", folder / "stage.toml", *overrides)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -231,9 +227,8 @@ def figures(record: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pairwise", "pointwise"])
 def test_a_head_learns_to_tell_answers_apart_that_it_has_not_seen(kind: str, tmp_path: Path):
-    process = start(tmp_path, kind, epochs=3)
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
+    code, output = start(tmp_path, kind, epochs=3).wait(400)
+    assert code == 0, output
     first, *_, last = records(tmp_path)
     assert first["eval/accuracy"] < 0.8
     assert last["eval/accuracy"] >= 0.9, output
@@ -245,20 +240,18 @@ def test_a_head_learns_to_tell_answers_apart_that_it_has_not_seen(kind: str, tmp
 
 @pytest.mark.slow
 def test_a_run_asked_to_stop_goes_on_to_the_same_figures(tmp_path: Path):
-    whole = start(tmp_path / "whole", "pairwise", epochs=1)
-    output, _ = whole.communicate(timeout=400)
-    assert whole.returncode == 0, output
+    code, output = start(tmp_path / "whole", "pairwise", epochs=1).wait(400)
+    assert code == 0, output
     stopped = start(tmp_path / "stopped", "pairwise", epochs=1)
     limit = time.monotonic() + 200
     while len(records(tmp_path / "stopped")) < 4 and time.monotonic() < limit:
         time.sleep(0.05)
     stopped.send_signal(signal.SIGUSR1)
-    output, _ = stopped.communicate(timeout=200)
-    assert stopped.returncode == 0, output
+    code, output = stopped.wait(200)
+    assert code == 0, output
     assert "ended on request" in output
-    again = start(tmp_path / "stopped", "pairwise", epochs=1)
-    output, _ = again.communicate(timeout=400)
-    assert again.returncode == 0, output
+    code, output = start(tmp_path / "stopped", "pairwise", epochs=1).wait(400)
+    assert code == 0, output
     assert "resumed at step" in output
     assert [figures(r) for r in records(tmp_path / "stopped")] == [figures(r) for r in records(tmp_path / "whole")]
     assert (tmp_path / "stopped/run/hf/model.safetensors").read_bytes() == (tmp_path / "whole/run/hf/model.safetensors").read_bytes()
@@ -275,7 +268,6 @@ def test_a_run_asked_to_stop_goes_on_to_the_same_figures(tmp_path: Path):
     ],
 )
 def test_a_mistake_is_one_line(overrides: tuple[str, ...], words: str, tmp_path: Path):
-    process = start(tmp_path, "pairwise", epochs=1, overrides=overrides)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 2, output
+    code, output = start(tmp_path, "pairwise", epochs=1, overrides=overrides).wait(100)
+    assert code == 2, output
     assert words in output.splitlines()[-1], output

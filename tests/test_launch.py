@@ -1,0 +1,70 @@
+"""How the launcher starts ranks: forked on a CPU, spawned where there is a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import run
+
+from megatron_r1 import launch
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 120.0
+CONFIG = """
+steps = 2
+batch_size = 4
+chunk_tokens = 256
+[run]
+dir = "{folder}/run"
+[model]
+path = "{model}"
+init = "random"
+[parallel]
+world_size = 2
+expert_model_parallel_size = 2
+[optimizer]
+lr = 1e-3
+[data]
+conversations = "{folder}/conversations.jsonl"
+[checkpoint]
+export = false
+"""
+
+
+def site(folder: Path) -> Path:
+    """The config file of a short SFT run on two ranks."""
+    folder.mkdir()
+    turns = [[{"role": "user", "content": f"{i} + 1"}, {"role": "assistant", "content": str(i + 1)}] for i in range(16)]
+    (folder / "conversations.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    (folder / "sft.toml").write_text(CONFIG.format(folder=folder, model=ROOT / "configs/models/tiny_v3"))
+    return folder / "sft.toml"
+
+
+def losses(config: Path) -> list[Any]:
+    lines = (config.parent / "run/metrics.jsonl").read_text().splitlines()
+    return [(record["step"], record["policy/loss"], record["policy/grad_norm"]) for record in map(json.loads, lines)]
+
+
+@pytest.mark.slow
+def test_spawned_ranks_train_as_forked_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    forked, spawned = site(tmp_path / "forked"), site(tmp_path / "spawned")
+    code, output = run("sft", forked, timeout=LIMIT)
+    assert code == 0, output
+    monkeypatch.setattr(launch, "has_gpu", lambda: True)
+    ranks = launch.Ranks("sft", spawned, overrides=[], world_size=2, logs=tmp_path)
+    for process in ranks.processes:
+        process.join(LIMIT)
+    assert ranks.poll() == [0, 0], ranks.failure()
+    assert losses(spawned) == losses(forked)
+    assert len(losses(forked)) == 2
+
+
+def test_the_rank_that_failed_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "has_gpu", lambda: True)
+    ranks = launch.Ranks("sft", site(tmp_path / "few"), overrides=[], world_size=1, logs=tmp_path)
+    ranks.processes[0].join(LIMIT)
+    assert ranks.poll() == [2]
+    assert "parallel.world_size = 2: 1 ranks were started" in ranks.failure()
