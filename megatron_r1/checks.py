@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 from megatron_r1 import chat_templates, models, parallel, plugins
 from megatron_r1.config_stages import EvalConfig, GRPOConfig, RejectionConfig, RewardModelConfig, SFTConfig, StageConfig
 from megatron_r1.models import kernels
+from megatron_r1.rollout.server_process import SENDING
 from megatron_r1.verifying import scoring
 
 
@@ -125,6 +126,9 @@ def check_rollout(config: StageConfig, hf: dict[str, Any]) -> None:
         )
     if r.weight_transfer in ("nccl", "ipc") and not has_gpu():
         raise ValueError(f'rollout.weight_transfer = {r.weight_transfer!r}: needs a GPU, and there is none; set "gloo" or "file"')
+    if r.weight_senders != "stages" and r.weight_transfer not in SENDING:
+        has = f'rollout.weight_transfer = "{r.weight_transfer}" has senders of its own; leave it out, or set "gloo" or "nccl" there'
+        raise ValueError(f'rollout.weight_senders = "{r.weight_senders}": {has}')
     if r.placement == "colocated" and has_gpu() and r.weight_transfer != "ipc":
         fix = f'set rollout.weight_transfer = "ipc", not "{r.weight_transfer}"'
         raise ValueError(f'rollout.placement = "colocated": servers read weights where the trainer has them; {fix}')

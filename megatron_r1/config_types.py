@@ -118,6 +118,9 @@ class Rollout(Section):
     head: str = ""  # the first of them, which alone answers requests
     vllm_args: list[str] = []  # further flags of `vllm serve`, as ["--enable-expert-parallel"]
     weight_transfer: Literal["gloo", "nccl", "ipc", "file"] = "gloo"
+    # with gloo and nccl: the first rank of each pipeline stage, or besides each expert-parallel rank its own experts, which are not
+    # gathered then; every worker of every server has a group with every sender, so for few of them
+    weight_senders: Literal["stages", "experts"] = "stages"
     placement: Literal["dedicated", "colocated"] = "dedicated"  # servers on GPUs of their own, or on the trainer's in turns (R1's way)
     quantization: Literal["none", "fp8"] = "none"  # of the servers' weights; "fp8": blocks of 128 x 128, made by the trainer at each sync
     canary_tolerance: Positive = 1e-4  # max abs log-prob difference of server and trainer; fp32 measures 3e-6

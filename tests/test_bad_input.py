@@ -91,6 +91,7 @@ OVERRIDES = {
     "data.humaneval=true": ("data.humaneval", "data.reasoning_gym", "exactly one of"),
     "rollout.quantization=fp8": ("rollout.quantization", "GPU"),
     "rollout.weight_transfer=nccl": ("rollout.weight_transfer", "nccl", "gloo"),
+    "rollout={max_prompt_tokens=64, weight_transfer='file', weight_senders='experts'}": ("rollout.weight_senders", "experts", "file"),
     'rollout.urls=["localhost:8000"]': ("rollout.urls", "http://"),
     "data.jsonl=/nowhere.jsonl": ("data", "exactly one of"),
     "data.size=0": ("data.size", "greater than or equal to 1"),

@@ -34,7 +34,7 @@ class FakeEngine:
         if self.calls in self.lose:
             raise EngineLost("gone", missing=[request.key for request in requests[1:]])
 
-    def update_weights(self, weights: Iterable[Any], version: int) -> None:
+    def update_weights(self, weights: Iterable[Any], version: int, *, division: None) -> None:
         self.updates.append(version)
         if len(self.updates) <= self.updates_to_lose:
             next(iter(weights))
@@ -49,6 +49,8 @@ class FakeEngine:
 class FakeWeights:
     """As the policy's, each iteration of them begins anew and every rank takes part in making each."""
 
+    division = None
+
     def __iter__(self) -> Iterator[str]:
         from megatron_r1.mcore import distributed
 
@@ -61,7 +63,7 @@ class FakeWeights:
 class FakePolicy:
     version, count_multiple = 3, 1
 
-    def hf_weights(self) -> FakeWeights:
+    def hf_weights(self, scope: str) -> FakeWeights:
         return FakeWeights()
 
     def attach_logprobs(self, microbatches: list[Any], which: str, *, temperature: float) -> None:

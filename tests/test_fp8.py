@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_r1.rollout import server_process, wire
-from megatron_r1.rollout.vllm_server import VLLMServers
+from megatron_r1.rollout.weight_buckets import Buckets
 from megatron_r1.weights import conversion, fp8
+from megatron_r1.weights.division import Division, TensorInfo
 from megatron_r1.weights.plans import fp8_cast
 from megatron_r1.weights.rules import rules
 
@@ -139,15 +140,15 @@ class Receiver:
     def __init__(self) -> None:
         self.got: dict[str, torch.Tensor] = {}
 
-    def send(self, bucket: list[wire.Named]) -> None:
+    def receive(self, bucket: list[wire.Named]) -> wire.Described:
+        """Read it, and say what was told of it."""
         flat, told = wire.pack(bucket), json.loads(json.dumps(wire.describe(bucket)))
         start = 0
         for name, kind, shape, (_, tensor) in zip(told["names"], told["dtypes"], told["shapes"], bucket, strict=True):
             stop = start + tensor.nbytes
             self.got[name] = flat[start:stop].view(getattr(torch, kind)).view(shape).clone()
             start += wire.padded(tensor.nbytes)
-
-    def close(self) -> None: ...
+        return told
 
 
 def test_a_sync_of_fp8_rollouts_sends_the_bytes_that_the_converter_writes(tmp_path: Path):
@@ -157,10 +158,12 @@ def test_a_sync_of_fp8_rollouts_sends_the_bytes_that_the_converter_writes(tmp_pa
     target = tmp_path / "fp8"
     conversion.run(fp8_cast(tmp_path, to="fp8"), target, workers=1, resume=False, overwrite=False)
 
-    engine, receiver = VLLMServers(["http://127.0.0.1:9"], weight_transfer="file", transfer_folder=tmp_path), Receiver()
-    engine.sender, engine.quantization, engine.bucket_bytes = receiver, "fp8", 1 << 16
-    engine._send(weights.items())
-    engine.close()
+    receiver, buckets = Receiver(), Buckets()
+    buckets.quantization, buckets.bucket_bytes = "fp8", 1 << 17
+    division = Division([(), [TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]], mine=1)
+    sent = [receiver.receive(bucket) for bucket in buckets.of(weights.items(), division)]
+    assert len(sent) > 10
+    assert buckets.of_others(division) == [sent], "rank 0 knows beforehand what another sender sends"
     expected = load_file(target / "model.safetensors")
     assert receiver.got.keys() == expected.keys()
     assert all(same_bytes(receiver.got[name], tensor) for name, tensor in expected.items())

@@ -186,10 +186,12 @@ def test_sigusr1_saves_ends_with_code_0_and_the_run_goes_on(loop, unbroken):
 
 
 def test_at_other_layouts_a_run_has_the_same_losses(loop, unbroken):
-    two = ("parallel.world_size=2", "parallel.expert_model_parallel_size=2")
-    code, out = loop.run("moved", *two, "steps=2")
+    """PP2 x EP2, where each of the four ranks sends weights of its own, then CP2 x EP2."""
+    experts = "parallel.expert_model_parallel_size=2"
+    stages = ("parallel.world_size=4", "parallel.pipeline_model_parallel_size=2", "rollout.weight_senders=experts")
+    code, out = loop.run("moved", experts, *stages, "steps=2")
     assert code == 0, out
-    code, out = loop.run("moved", *two, "parallel.context_parallel_size=2")
+    code, out = loop.run("moved", experts, "parallel.world_size=2", "parallel.context_parallel_size=2")
     assert code == 0, out
     found = loop.losses("moved")
     assert sorted(found) == sorted(unbroken)

@@ -69,6 +69,7 @@ def step_gradients(hf: dict[str, Any], layout: dict[str, int], folder: str, opti
     from megatron_r1.models.build import build
     from megatron_r1.parallel import Parallel
     from megatron_r1.weights import shard
+    from megatron_r1.weights.exporter import Exporter
     from megatron_r1.weights.hf import SafetensorsReader
 
     distributed.init(Parallel(**layout), seed=1)
@@ -109,7 +110,7 @@ def step_gradients(hf: dict[str, Any], layout: dict[str, int], folder: str, opti
         with torch.no_grad():
             for parameter in (p for chunk in chunks for p in chunk.parameters()):
                 parameter.copy_(parameter.main_grad if hasattr(parameter, "main_grad") else torch.zeros_like(parameter))
-        gradients = {name: tensor.float() for name, tensor in shard.export(chunks, hf)}
+        gradients = {name: tensor.float() for name, tensor in Exporter(chunks, hf)}
         everywhere = sum(distributed.gather_over_dp(sum(losses)))
         return everywhere, gradients if distributed.rank() == 0 else {}
     finally:

@@ -63,8 +63,8 @@ class Recorder(FakeEngine):
     def wake(self, tag: str) -> None:
         self.said.append(f"wake {tag}")
 
-    def update_weights(self, weights: Any, version: int) -> None:
-        super().update_weights(weights, version)
+    def update_weights(self, weights: Any, version: int, *, division: Any) -> None:
+        super().update_weights(weights, version, division=division)
         self.said.append(f"weights {version}")
 
     def canary(self, *args: Any, **kwargs: Any) -> float:
@@ -92,9 +92,9 @@ class Policy(FakePolicy):
         self.said.append("policy in")
         self.is_out = False
 
-    def hf_weights(self) -> Any:
+    def hf_weights(self, scope: str) -> Any:
         assert not self.is_out
-        return super().hf_weights()
+        return super().hf_weights(scope)
 
     def attach_logprobs(self, *args: Any, **kwargs: Any) -> None:
         assert not self.is_out

@@ -62,7 +62,7 @@ def collected(found: dict[int, float], scores_N: torch.Tensor, batch: Microbatch
 
 def scored_and_exported(source: str, target: str, ids: list[list[int]], parallel: Parallel) -> list[float]:
     """Megatron's scores, packed, of a reward model that begins as the language model in `source` with a new head."""
-    from megatron_r1.weights import shard
+    from megatron_r1.weights import exporter
 
     hf = models.reward_model(json.loads((Path(source) / "config.json").read_text()))
     with Run(parallel, hf=hf) as run:
@@ -71,7 +71,7 @@ def scored_and_exported(source: str, target: str, ids: list[list[int]], parallel
         sequences = [TokenSequence(ids=one, learned=[0] * len(one)) for one in ids]
         batches = run.policy.pack(sequences, [list(range(len(ids)))])
         run.policy.scores(batches, partial(collected, found))
-        shard.save(run.policy.chunks, hf, folder=target, source_folder=source)
+        exporter.save(run.policy.chunks, hf, folder=target, source_folder=source)
         return [found[i] for i in range(len(ids))]
 
 
@@ -87,11 +87,11 @@ def made(family: str, folder: Path, parallel: Parallel) -> tuple[Path, list[list
 
 
 def write_language_model(source: str, target: str) -> None:
-    from megatron_r1.weights import shard
+    from megatron_r1.weights import exporter
 
     hf = json.loads((Path(source) / "config.json").read_text())
     with Run(Parallel(), hf=hf) as run:
-        shard.save(run.policy.chunks, hf, folder=target, source_folder=source)
+        exporter.save(run.policy.chunks, hf, folder=target, source_folder=source)
 
 
 @torch.no_grad()

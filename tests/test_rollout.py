@@ -78,7 +78,7 @@ def test_a_request_to_stop_aborts_what_still_runs(server):
 
 
 def test_an_update_changes_logprobs_to_the_trainer_s_and_so_does_the_next(server):
-    server.engine.bucket_bytes = 1 << 16  # many buckets, layers split over them
+    server.engine.buckets.bucket_bytes = 1 << 16  # many buckets, layers split over them
     for version, model in enumerate((server.old, server.new, server.old), start=1):
         put(server, model, version)
         assert server.engine.canary(FIXED, logprobs(model, FIXED), tolerance=1e-4) <= 1e-4

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from megatron_r1.rollout.sampling import sample_groups
 from megatron_r1.rollout.vllm_server import VLLMServers
 from megatron_r1.rollout.weight_transfer import make_sender, rank_offsets
 from megatron_r1.types import Problem
+from megatron_r1.weights.division import Division, TensorInfo
 
 Answer = tuple[int, object]
 
@@ -322,8 +325,91 @@ def test_a_cache_of_old_weights_that_stays_is_an_error(stub, client, tmp_path):
 def test_other_ranks_walk_through_the_export_and_send_nothing(stub, client):
     server = stub()
     walked = []
-    client(server.url, rank=1).update_weights((walked.append(i) or ("a", torch.ones(1)) for i in range(3)), 1)
+    rank_1 = SimpleNamespace(rank=lambda: 1, share=lambda value: value, any_rank=lambda flag: flag)
+    client(server.url, ranks=rank_1).update_weights((walked.append(i) or ("a", torch.ones(1)) for i in range(3)), 1)
     assert (walked, server.asked) == ([0, 1, 2], [])
+
+
+class Together:
+    """Two ranks in threads that tell each other, in step, what mcore/distributed.py lets ranks tell."""
+
+    def __init__(self) -> None:
+        self.barrier, self.said = threading.Barrier(2, timeout=10.0), {}
+
+    def gather(self, rank: int, value: Any) -> list[Any]:
+        self.said[rank] = value
+        self.barrier.wait()
+        values = [self.said[0], self.said[1]]
+        self.barrier.wait()
+        return values
+
+    def of(self, rank: int) -> SimpleNamespace:
+        said = {"share": lambda value: self.gather(rank, value)[0], "any_rank": lambda flag: any(self.gather(rank, flag))}
+        return SimpleNamespace(rank=lambda: rank, **said)
+
+
+class CannotJoin:
+    """The sender of a rank that never gets to the servers."""
+
+    def join(self, meeting: object, mine: int) -> None:
+        raise EngineError("no way")
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("fault", ["a server dies before the update", "a server dies when it is to begin", "another rank cannot join"])
+def test_no_rank_is_left_alone_in_an_update_that_fails_before_anything_is_sent(stub, client, tmp_path, fault):
+    where = {"a server dies before the update": "/get_world_size", "a server dies when it is to begin": "/start_weight_update"}.get(fault)
+    server, together, walked = stub(), Together(), []
+    if where is not None:
+        server.replies |= {where: lambda body: (500, {"error": "engine"})}
+        server.replies["/health"] = lambda body: (503 if where in dict(server.asked) else 200, {})
+
+    def rank(number: int) -> None:
+        engine = client(server.url, ranks=together.of(number), weight_transfer="file", transfer_folder=tmp_path)
+        if number == 1 and fault == "another rank cannot join":
+            engine.sender = CannotJoin()
+        weights = (walked.append(number) or ("a", torch.ones(1)) for _ in range(3))
+        engine.update_weights(weights, 1, division=Division([(), ()], mine=number))
+
+    with ThreadPoolExecutor(2) as ranks:
+        for done in [ranks.submit(rank, number) for number in range(2)]:
+            with pytest.raises(EngineLost):
+                done.result()
+    assert walked == []
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (1, 3)])
+def test_senders_with_unequal_parts_send_at_once_and_all_of_it_arrives(stub, client, counts):
+    """Two ranks and one worker, which reads as vllm_engines.py does, over gloo."""
+    got: dict[str, torch.Tensor] = {}
+    groups: list[dist.ProcessGroup] = []
+
+    def meet(body: dict) -> Answer:
+        told = body["init_info"]
+        store = wire.visit(told["host"], told["port"], limit_seconds=10.0)
+        worker = {"rank": told["rank_offset"], "world_size": told["world_size"]}
+        groups.extend(wire.join(store, senders=told["senders"], limit_seconds=10.0, **worker))
+        return 200, {}
+
+    def receive(body: dict) -> Answer:
+        got.update(wire.receive(groups, body["update_info"]["parts"]))
+        return 200, {}
+
+    server, together = stub(init_weight_transfer_engine=meet, update_weights=receive), Together()
+    parts = [{f"{rank}.{i}": torch.full((5, 7), 10.0 * rank + i) for i in range(count)} for rank, count in enumerate(counts)]
+    told = [[TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in part.items()] for part in parts]
+
+    def rank(number: int) -> None:
+        engine = client(server.url, ranks=together.of(number))
+        engine.buckets.bucket_bytes = 256  # one tensor a bucket
+        engine.update_weights(parts[number].items(), 1, division=Division(told, mine=number))
+
+    with ThreadPoolExecutor(2) as ranks:
+        for done in [ranks.submit(rank, number) for number in range(2)]:
+            done.result()
+    assert len([path for path, _ in server.asked if path == "/update_weights"]) == max(counts)
+    assert {name: t.tolist() for name, t in got.items()} == {name: t.tolist() for part in parts for name, t in part.items()}
 
 
 def test_user_mistakes_are_named(stub, client):
@@ -364,7 +450,7 @@ def test_a_bucket_of_any_types_and_shapes_arrives_bit_by_bit():
         if r == 0:
             wire.broadcast(group, wire.pack(bucket)).wait()
             return dict(bucket)
-        return dict(wire.receive(group, **wire.describe(bucket)))
+        return dict(wire.receive([group], [wire.describe(bucket)]))
 
     with ThreadPoolExecutor(2) as ranks:
         sent, found = ranks.map(rank, range(2))

@@ -15,7 +15,7 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.Async
 
 # module prefix -> the only places that may import it (design rule 6)
 IMPORT_HOMES = {
-    "megatron.core": ("mcore/", "models/", "weights/shard.py"),
+    "megatron.core": ("mcore/", "models/", "weights/shard.py", "weights/exporter.py"),
     "transformer_engine": ("models/build.py",),
     "vllm": ("rollout/",),
     "megatron_r1.stages": ("__main__.py", "stages/"),

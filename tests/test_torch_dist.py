@@ -40,7 +40,7 @@ def loaded_by_megatron(hf: dict[str, Any], layout: dict[str, int], megatron: str
 
     from megatron_r1.mcore import distributed
     from megatron_r1.models.build import build
-    from megatron_r1.weights import shard
+    from megatron_r1.weights.exporter import Exporter
 
     parallel = Parallel(**layout)
     distributed.init(parallel, seed=1)
@@ -54,7 +54,7 @@ def loaded_by_megatron(hf: dict[str, Any], layout: dict[str, int], megatron: str
         for i, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[f"model{i}"])
         expected = load_file(f"{source}/model.safetensors")
-        found = dict(shard.export(chunks, hf))
+        found = dict(Exporter(chunks, hf))
         return [name for name in {*found, *expected} if name not in found or not torch.equal(found[name], expected[name])]
     finally:
         distributed.shutdown()

@@ -266,7 +266,7 @@ def loaded_model(hf: dict[str, Any], layout: dict[str, int], folder: str, **opti
 
 def there_and_back(hf: dict[str, Any], layout: dict[str, int], folder: str) -> list[str]:
     """On a rank: load, export in one bucket and in many; the names in order."""
-    from megatron_r1.weights.shard import Exporter
+    from megatron_r1.weights.exporter import Exporter
 
     expected = load_file(Path(folder) / "model.safetensors")
     with loaded_model(hf, layout, folder) as chunks:
@@ -274,17 +274,17 @@ def there_and_back(hf: dict[str, Any], layout: dict[str, int], folder: str) -> l
             exporter = Exporter(chunks, hf, bucket_bytes=bucket_bytes)
             found = list(exporter)
             assert_same(dict(found), expected)
-            assert [(name, t.dtype, tuple(t.shape)) for name, t in found] == [tuple(info) for info in exporter.metadata()]
+            assert [(name, t.dtype, tuple(t.shape)) for name, t in found] == [tuple(info) for info in exporter.division.parts[0]]
     return [name for name, _ in found]
 
 
 def router_bias_stays_fp32(hf: dict[str, Any], layout: dict[str, int], folder: str) -> list[str]:
     """On a rank: the names that a bf16 model exports in fp32; the rest must be the rounded checkpoint."""
-    from megatron_r1.weights.shard import export
+    from megatron_r1.weights.exporter import Exporter
 
     expected = load_file(Path(folder) / "model.safetensors")
     with loaded_model(hf, layout, folder, dtype=torch.bfloat16) as chunks:
-        found = dict(export(chunks, hf))
+        found = dict(Exporter(chunks, hf))
     assert_same(found, {name: tensor.to(found[name].dtype) for name, tensor in expected.items()})
     return [name for name, tensor in found.items() if tensor.dtype == torch.float32]
 
@@ -306,9 +306,39 @@ def test_weights_return_bit_equal_from_every_layout(layout, shapes, tmp_path):
     assert all(order == orders[0] for order in orders)
 
 
+def sent_by_a_rank(hf: dict[str, Any], layout: dict[str, int], folder: str, scope: str) -> tuple[int | None, list[list[str]], list[str]]:
+    """On a rank: which sender it is, what each sender should send, and the names of what it sends, bit-equal to the folder's."""
+    from megatron_r1.weights.exporter import Exporter
+
+    expected = load_file(Path(folder) / "model.safetensors")
+    with loaded_model(hf, layout, folder) as chunks:
+        exporter = Exporter(chunks, hf, scope=scope, bucket_bytes=10**5)
+        found, division = list(exporter), exporter.division
+    assert_same(dict(found), {name: expected[name] for name, _ in found})
+    if division.mine is not None:
+        assert [(name, t.dtype, tuple(t.shape)) for name, t in found] == [tuple(info) for info in division.parts[division.mine]]
+    return division.mine, [[info.name for info in part] for part in division.parts], [name for name, _ in found]
+
+
+@pytest.mark.parametrize("scope", ["stages", "experts"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_senders_share_the_weights_without_a_tensor_that_is_sent_twice_or_not_at_all(layout, scope, tmp_path):
+    hf = tiny()
+    save_file(expected := checkpoint(hf), tmp_path / "model.safetensors")
+    ranks, sizes = LAYOUTS[layout]
+    found = run_ranks(ranks, sent_by_a_rank, hf, sizes, str(tmp_path), scope)
+    senders = sizes.get("pipeline_model_parallel_size", 1) * (sizes.get("expert_model_parallel_size", 1) if scope == "experts" else 1)
+    assert sorted(mine for mine, _, _ in found if mine is not None) == list(range(senders))
+    assert found[0][0] == 0, "rank 0 is the first"
+    assert sorted(name for _, _, names in found for name in names) == sorted(expected)
+    for mine, parts, names in found:
+        assert parts == found[0][1], "all ranks know who sends what"
+        assert names == ([] if mine is None else parts[mine])
+
+
 def save_from_ranks(hf: dict[str, Any], layout: dict[str, int], source: str, target: str) -> None:
     """On a rank: load `source`, then write `target` from all ranks."""
-    from megatron_r1.weights.shard import save
+    from megatron_r1.weights.exporter import save
 
     with loaded_model(hf, layout, source) as chunks:
         save(chunks, hf, folder=target, source_folder=TINY)

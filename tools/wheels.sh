@@ -15,7 +15,7 @@ fail() { printf 'error: tools/wheels.sh: %s\n' "$*" >&2; exit 2; }
 pip() { "$PYTHON" -m pip --disable-pip-version-check "$@"; }
 
 # the set whose versions go together; docs/gpu.md has the table
-TORCH=2.11.0 CORE=0.19.2 ENGINE=2.14.1 VLLM=0.26.0 CUDA=cu13
+TORCH=2.13.0 CORE=0.19.2 ENGINE=2.14.1 VLLM=0.32.0 CUDA=cu13
 
 # build_engine SOURCE DIR: transformer-engine's part for the torch that is installed, for Hopper unless NVTE_CUDA_ARCHS says otherwise
 build_engine() {

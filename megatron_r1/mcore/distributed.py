@@ -80,6 +80,13 @@ def any_rank(flag: bool) -> bool:
     return bool(said.item())
 
 
+def share(value: Any) -> Any:
+    """Rank 0's `value`, on every rank; any object that pickles."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=_device())
+    return box[0]
+
+
 def dp_rank() -> int:
     """Which part of the data this rank trains on."""
     return parallel_state.get_data_parallel_rank()

@@ -34,6 +34,7 @@ from megatron_r1.packing import TokenSequence, pack
 from megatron_r1.parallel import Parallel
 from megatron_r1.types import LossOutput, Microbatch
 from megatron_r1.weights import shard
+from megatron_r1.weights.exporter import Exporter, Scope
 from megatron_r1.weights.hf import Reader, SafetensorsReader
 from megatron_r1.weights.random import SCORE, NewHead, RandomWeights
 
@@ -66,7 +67,7 @@ class Policy:
         self.config = chunks[0].config  # one object, shared by all chunks
         # gloo reads the tensor itself, whenever the receiver is ready; nccl has read it by the time the stream gets here
         self.config.deallocate_pipeline_outputs = cpu.has_cuda()
-        self.exporter = shard.Exporter(chunks, hf)
+        self._exporters: dict[Scope, Exporter] = {}
         self.reference: Reference | None = None
         self.step = 0  # optimizer steps done
         self._expert_load: dict[str, float] = {}
@@ -111,9 +112,11 @@ class Policy:
         shard.load(self.chunks, reader, self.hf)
         self.optimizer.reload_model_params()  # the optimizer's float32 copies
 
-    def hf_weights(self) -> shard.Exporter:
-        """All weights as (Hugging Face name, whole tensor), on every rank; a collective to iterate, to the end."""
-        return self.exporter
+    def hf_weights(self, scope: Scope = "all") -> Exporter:
+        """All weights as (Hugging Face name, whole tensor), on the ranks of this scope; a collective to call and to iterate, to the end."""
+        if scope not in self._exporters:
+            self._exporters[scope] = Exporter(self.chunks, self.hf, scope=scope)
+        return self._exporters[scope]
 
     def refresh_reference(self) -> None:
         """The reference becomes the policy as it is now."""

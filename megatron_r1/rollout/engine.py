@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron_r1.weights.division import Division
 
 
 class EngineError(ValueError):
@@ -72,6 +74,35 @@ class Completion:
     weight_version: int  # of the weights that sampled it; the oldest where an update fell into it; -1 = never updated
 
 
+class Ranks(Protocol):
+    """A trainer's ranks and what they tell each other about an update, in collective calls; mcore/distributed.py."""
+
+    def rank(self) -> int:
+        """This one among them."""
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+
+
+class Alone:
+    """A rank without others."""
+
+    def rank(self) -> int:
+        return 0
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def any_rank(self, flag: bool) -> bool:
+        return flag
+
+
+ALONE = Alone()
+
+
 class RolloutEngine(Protocol):
     """Samples completions with the policy's weights. All methods block, each within a limit; failures raise EngineError."""
 
@@ -86,8 +117,11 @@ class RolloutEngine(Protocol):
         `stop` is asked every second; once it says so the rest is aborted.
         """
 
-    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Give every server new weights, by their Hugging Face names, and drop caches of the old ones."""
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, *, division: Division | None = None) -> None:
+        """Give every server new weights, by their Hugging Face names, and drop caches of the old ones.
+
+        `weights` are those that this rank sends, by the `division`; without one rank 0 sends them all.
+        """
 
     def canary(self, token_ids: Sequence[int], logprobs: Sequence[float], *, tolerance: float) -> float:
         """Compare every server's log-probs of fixed tokens with the trainer's; returns the largest gap, raises beyond `tolerance`.

@@ -1,14 +1,14 @@
 """The trainer's side of the rollouts: every rank makes each call, one rank of each model-parallel group talks to the servers.
 
-Rank 0 alone sends weights. The leader of each model-parallel group samples and verifies the group's share of the problems;
-then every rank is given all samples. A server that died and came back is given the weights again and the requests it lost: a
+The weights are sent by the ranks that `scope` names. The leader of each model-parallel group samples and verifies the group's share of
+the problems; then every rank is given all samples. A server that died and came back is given the weights again and the requests it lost: a
 request's seed is its own, so what it samples does not depend on when, where or beside what it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -17,6 +17,18 @@ from megatron_r1.rollout.engine import EngineError, EngineLost, Request, Rollout
 from megatron_r1.rollout.placement import Colocated, Dedicated
 from megatron_r1.rollout.sampling import MAX_RECOVERIES, to_sample
 from megatron_r1.types import Microbatch, Problem, Sample
+from megatron_r1.weights.division import Division
+
+if TYPE_CHECKING:
+    from megatron_r1.weights.exporter import Scope
+
+
+class Weights(Protocol):
+    """All weights by their Hugging Face names, on the ranks that send them; a collective to iterate, to the end."""
+
+    division: Division
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
 
 
 class WeightOwner(Protocol):
@@ -25,7 +37,7 @@ class WeightOwner(Protocol):
     version: int
     count_multiple: int  # of microbatches in one call
 
-    def hf_weights(self) -> Iterable[tuple[str, torch.Tensor]]: ...
+    def hf_weights(self, scope: Scope) -> Weights: ...
 
     def attach_logprobs(self, microbatches: list[Microbatch], which: str, *, temperature: float) -> None: ...
 
@@ -42,12 +54,14 @@ class Fleet:
         tolerance: float,
         seed: int,
         placement: Dedicated | Colocated | None = None,
+        scope: Scope = "all",
     ) -> None:
         self.engine = engine
         self.policy = policy
         self.canary = canary
         self.tolerance = tolerance
         self.seed = seed
+        self.scope = scope  # of the weights: who sends what
         self.placement = placement or Dedicated()
         self.has_weights = False  # whether the servers hold those of `version`
         self.version = -1  # of the weights the servers hold; -1 = none of ours
@@ -67,12 +81,13 @@ class Fleet:
     def _try_to_sync(self) -> bool:
         """Send and check once; whether this rank saw a server die on the way."""
         self.placement.sending()
-        weights, lost = iter(self.policy.hf_weights()), False
+        weights = self.policy.hf_weights(self.scope)
+        stream, lost = iter(weights), False
         try:
-            self.engine.update_weights(weights, self.policy.version)
+            self.engine.update_weights(stream, self.policy.version, division=weights.division)
         except EngineLost:
             lost = True
-            for _ in weights:  # with the other ranks
+            for _ in stream:  # with the other ranks
                 pass
         self.policy.attach_logprobs([self.canary] * self.policy.count_multiple, "old", temperature=1.0)
         self.placement.sampling()

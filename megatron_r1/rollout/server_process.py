@@ -27,6 +27,8 @@ COMMON_ENV = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",  # the model is a local folder
 }
+# rollout.weight_transfer -> vLLM's name of the backend, where many ranks send (vllm_engines.py); its own "nccl" has one sender
+SENDING = {"gloo": "gloo", "nccl": "nccl_senders"}
 # weights/fp8.py's QUANTIZATION; this file imports no torch
 FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 CPU_ENV = {
@@ -81,7 +83,7 @@ def server_command(
         "served-model-name": "policy",
         "generation-config": "vllm",  # the folder's generation_config.json must not change how requests sample
         "logprobs-mode": "processed_logprobs",
-        "weight-transfer-config": json.dumps({"backend": weight_transfer}),
+        "weight-transfer-config": json.dumps({"backend": SENDING.get(weight_transfer, weight_transfer)}),
     }
     if kv_cache_bytes is not None:
         flags["kv-cache-memory-bytes"] = kv_cache_bytes

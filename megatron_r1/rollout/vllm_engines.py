@@ -1,4 +1,4 @@
-"""The worker's side of our two weight-transfer backends, for vLLM's native API; loaded by vLLM in each worker process.
+"""The worker's side of our weight-transfer backends, for vLLM's native API; loaded by vLLM in each worker process.
 
 A bucket is one `update_weights` call. vLLM collects a layer's tensors over the buckets, then rebuilds the layer in place.
 """
@@ -65,38 +65,38 @@ class FileWeightTransferEngine(CheckpointEngine):
 
 
 @dataclass
-class GlooInit(WeightTransferInitInfo):
-    host: str  # where the trainer listens
+class GroupInit(WeightTransferInitInfo):
+    host: str  # where rank 0 of the trainer listens
     port: int
-    rank_offset: int  # the first rank of this server's workers; rank 0 is the trainer
-    world_size: int  # the trainer and all workers of all servers
+    senders: int  # ranks of the trainer that send; each has a group with all workers
+    rank_offset: int  # the first rank of this server's workers in each group; rank 0 is the sender
+    world_size: int  # one sender and all workers of all servers
     limit_seconds: float
 
 
 @dataclass
-class GlooUpdate(WeightTransferUpdateInfo):
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
+class GroupUpdate(WeightTransferUpdateInfo):
+    parts: list[wire.Described | None]  # of each sender, what wire.describe says of its bucket; None: it has no more
 
 
-class GlooWeightTransferEngine(CheckpointEngine):
-    """Buckets broadcast by the trainer over gloo."""
+class GroupWeightTransferEngine(CheckpointEngine):
+    """Buckets broadcast by the trainer's senders, all at once: over gloo on a CPU, over NCCL on a GPU."""
 
-    init_info_cls, update_info_cls = GlooInit, GlooUpdate
+    init_info_cls, update_info_cls = GroupInit, GroupUpdate
 
-    def init_transfer_engine(self, init_info: GlooInit) -> None:
+    def init_transfer_engine(self, init_info: GroupInit) -> None:
         mine = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
-        self.group = wire.join(
-            init_info.host,
-            init_info.port,
+        self.groups = wire.join(
+            wire.visit(init_info.host, init_info.port, limit_seconds=init_info.limit_seconds),
+            senders=init_info.senders,
             rank=init_info.rank_offset + mine,
             world_size=init_info.world_size,
+            device=self.device.type,
             limit_seconds=init_info.limit_seconds,
         )
 
-    def tensors(self, update_info: GlooUpdate) -> Iterator[wire.Named]:
-        return wire.receive(self.group, update_info.names, dtypes=update_info.dtypes, shapes=update_info.shapes)
+    def tensors(self, update_info: GroupUpdate) -> Iterator[wire.Named]:
+        return wire.receive(self.groups, update_info.parts, device=self.device.type)
 
     def shutdown(self) -> None:
-        self.group = None
+        self.groups = []

@@ -1,6 +1,6 @@
 """Our plug-in of vLLM, loaded by each of its processes (entry point group `vllm.general_plugins`).
 
-It registers two weight-transfer backends that need no GPU, has tokens sent in packets (vllm_outputs.py), and mends what vLLM
+It registers weight-transfer backends for which our own ranks send, has tokens sent in packets (vllm_outputs.py), and mends what vLLM
 0.32.0's CPU build gets wrong, mostly without an error: the model simply computes something else. Each mend has a test that fails
 when the stock build no longer needs it.
 """
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-ENGINES = {"file": "FileWeightTransferEngine", "gloo": "GlooWeightTransferEngine"}
+from megatron_r1.rollout.server_process import SENDING
+
+ENGINES = dict.fromkeys(SENDING.values(), "GroupWeightTransferEngine") | {"file": "FileWeightTransferEngine"}
 
 
 def register() -> None:

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import queue
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_r1.rollout import openai_api, tokens_api, wire
-from megatron_r1.rollout.engine import Completion, EngineError, EngineLost, Request, SamplingParams, never
+from megatron_r1.rollout import canary, openai_api, tokens_api, wire
+from megatron_r1.rollout.engine import ALONE, Completion, EngineError, EngineLost, Ranks, Request, SamplingParams, never
 from megatron_r1.rollout.servers import NotReady, Refused, ServerDown, Servers
-from megatron_r1.rollout.weight_transfer import make_sender
-from megatron_r1.weights import fp8
+from megatron_r1.rollout.weight_buckets import Buckets
+from megatron_r1.rollout.weight_transfer import Meeting, make_sender
+from megatron_r1.weights.division import Division
 
-BUCKET_BYTES = 256 << 20
 STOP_SECONDS = 1.0  # how often to ask whether to stop
 Group = tuple[int, list[Completion]]
 
@@ -31,9 +30,9 @@ Group = tuple[int, list[Completion]]
 class VLLMServers:
     """RolloutEngine over HTTP; see engine.py for what each method promises.
 
-    `rank` is the trainer's: every rank may call `update_weights`, and rank 0 sends (with ipc all do). `own_weights` lets servers
-    sample before the first update, with the weights they loaded themselves; after `wait_ready` any `vllm serve` will do. `pause` says
-    what becomes of requests that run while an update begins: "wait" for them, or "keep" them and go on with the new weights.
+    All of the trainer's `ranks` have one and call `update_weights`. `own_weights` lets servers sample before the first update, with the
+    weights they loaded themselves; after `wait_ready` any `vllm serve` will do. `pause` says what becomes of requests that run while an
+    update begins: "wait" for them, or "keep" them and go on with the new weights.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class VLLMServers:
         urls: Sequence[str],
         *,
         weight_transfer: str = "gloo",
-        rank: int = 0,
+        ranks: Ranks = ALONE,
         max_num_seqs: int = 256,
         request_limit_seconds: float = 600.0,
         start_limit_seconds: float = 300.0,
@@ -50,12 +49,13 @@ class VLLMServers:
         transfer_folder: Path | None = None,
     ) -> None:
         self.servers = Servers(urls, limit_seconds=request_limit_seconds)
-        sends = rank == 0 or weight_transfer == "ipc"  # whose workers read the memory of every rank
-        self.sender = make_sender(weight_transfer, self.servers, rank=rank, folder=transfer_folder) if sends else None
-        self.rank, self.max_num_seqs, self.start_limit_seconds = rank, max_num_seqs, start_limit_seconds
+        self.ranks, self.rank = ranks, ranks.rank()
+        sends = self.rank == 0 or weight_transfer != "file"
+        self.sender = make_sender(weight_transfer, self.servers, rank=self.rank, folder=transfer_folder) if sends else None
+        self.meeting: Meeting | None = None  # the last one
+        self.max_num_seqs, self.start_limit_seconds = max_num_seqs, start_limit_seconds
         self.pause, self.own_weights = pause, own_weights
-        self.quantization: Literal["none", "fp8"] = "none"  # of the servers' model; for "fp8" weights are quantised as they are sent
-        self.bucket_bytes = BUCKET_BYTES
+        self.buckets = Buckets()
         self.version: int | None = None  # what this client last sent
         self.models: dict[str, str] = {}  # servers that have OpenAI's API alone, and what they call their model
         self.lost: list[str] = []  # servers that did not come back in time, as when their node is gone
@@ -152,31 +152,45 @@ class VLLMServers:
             return None
         return completions
 
-    def update_weights(self, weights: Iterable[wire.Named], version: int) -> None:
+    def update_weights(self, weights: Iterable[wire.Named], version: int, *, division: Division | None = None) -> None:
         """Every rank calls it, for `weights` may be a collective. A failed update leaves the servers paused: none samples from it.
 
         EngineLost when a server died on the way: what `weights` has left is the caller's to go through, before it calls again.
         """
-        if self.sender is None:
-            for _ in weights:
-                pass
-        elif self.rank == 0:
-            try:
-                self._update(weights, version)
-            except EngineError as error:  # it may be of another server, to which the dead one was a peer
-                if not isinstance(error, ServerDown) and all(self.servers.submit(self._answering(self.servers.urls)).result()):
-                    raise
-                self.version = None
-                raise EngineLost(str(error)) from error
-        else:
-            self.sender.connect([])
-            self._send(weights)
+        division = division or Division(parts=[()], mine=0 if self.rank == 0 else None)
+        meeting, failure = None, None
+        try:
+            if self.rank == 0:
+                meeting = self._meet(senders=len(division.parts))
+        except EngineError as error:
+            failure = error
+        meeting = self.ranks.share(meeting)
+        try:
+            if meeting is not None and self.sender is not None:
+                self.sender.join(meeting, division.mine)
+            if meeting is not None and self.rank == 0:
+                self.servers.all(f"/pause?mode={self.pause}").result()
+                self._start_update()
+        except EngineError as error:
+            failure = error
+        if self.ranks.any_rank(failure is not None):
+            raise self._lost_or(failure) from failure
+        try:
+            self._send(weights, division)
+            if self.rank == 0:
+                self._finish_update(version)
+        except EngineError as error:
+            raise self._lost_or(error) from error
 
-    def _update(self, weights: Iterable[wire.Named], version: int) -> None:
-        self._reconnect()
-        self.servers.all(f"/pause?mode={self.pause}").result()
-        self._start_update()
-        self._send(weights)
+    def _lost_or(self, failure: EngineError | None) -> EngineError:
+        """What to raise: rank 0 knows whether servers died, and ends the run by what it raises if none did."""
+        knows = self.rank == 0 and failure is not None and not isinstance(failure, ServerDown)
+        if knows and all(self.servers.submit(self._answering(self.servers.urls)).result()):  # else a dead server's peer may have said it
+            return failure
+        self.version = None
+        return EngineLost(str(failure or "weight transfer: another rank could not send its part; see its log"))
+
+    def _finish_update(self, version: int) -> None:
         self.servers.all("/finish_weight_update", [{"weight_version": str(version)}] * len(self.servers.urls)).result()
         for url, reset in zip(self.servers.urls, self.servers.all("/reset_prefix_cache").result(), strict=True):
             if not reset["success"] and self.pause == "wait":
@@ -196,12 +210,16 @@ class VLLMServers:
 
         self._on_each(start)
 
-    def _send(self, weights: Iterable[wire.Named]) -> None:
-        for bucket in wire.buckets(fp8.stream(weights) if self.quantization == "fp8" else weights, self.bucket_bytes):
-            self.sender.send(bucket)
+    def _send(self, weights: Iterable[wire.Named], division: Division) -> None:
+        if self.sender is None:  # this rank only takes part in the gathering
+            for _ in weights:
+                pass
+            return
+        others = self.buckets.of_others(division) if self.rank == 0 else []
+        self.sender.send(self.buckets.of(weights, division), others)
 
-    def _reconnect(self) -> None:
-        """Before the first update, and when a server died, was restarted or is back: wait for them, and open the transfer anew."""
+    def _meet(self, *, senders: int) -> Meeting:
+        """A new meeting before the first update, and when a server died, was restarted or is back; else the last one."""
         health = self.servers.submit(self._answering(self.lost)).result()
         back = [url for url, answers in zip(self.lost, health, strict=True) if answers]
         self.lost = [url for url in self.lost if url not in back]
@@ -219,7 +237,8 @@ class VLLMServers:
         if any(version != str(self.version) for version in self.servers.submit(held()).result()):
             self._wait()
             sizes = [reply["world_size"] for reply in self.servers.all("/get_world_size", method="GET").result()]
-            self.sender.connect(sizes)
+            self.meeting = self.sender.meet(sizes, senders=senders)
+        return self.meeting
 
     async def _answering(self, urls: Sequence[str]) -> list[bool]:
         return await asyncio.gather(*map(self.servers.healthy, urls))
@@ -270,21 +289,9 @@ class VLLMServers:
         ]
 
     def canary(self, token_ids: Sequence[int], logprobs: Sequence[float], *, tolerance: float) -> float:
-        assert len(logprobs) == len(token_ids) - 1 > 0, f"{len(logprobs)=} {len(token_ids)=}"
-        largest = 0.0
         try:
-            every = self.logprobs_of(token_ids)
+            found = dict(zip(self.servers.urls, self.logprobs_of(token_ids), strict=True))
         except ServerDown as error:
             self.version = None
             raise EngineLost(str(error)) from error
-        for url, found in zip(self.servers.urls, every, strict=True):
-            gaps = [abs(theirs - ours) for theirs, ours in zip(found, logprobs, strict=True)]
-            gaps = [math.inf if math.isnan(gap) else gap for gap in gaps]
-            at = max(range(len(gaps)), key=gaps.__getitem__)
-            largest = max(largest, gaps[at])
-            if gaps[at] > tolerance:
-                raise EngineError(
-                    f"{url}: log-probs of weights {self.version} differ from the trainer's by {gaps[at]:.3g} (rollout.canary_tolerance = "
-                    f"{tolerance:g}), most at token {at + 1} ({token_ids[at + 1]}): {found[at]:.5f}, the trainer has {logprobs[at]:.5f}"
-                )
-        return largest
+        return canary.check(token_ids, logprobs, found, version=self.version, tolerance=tolerance)

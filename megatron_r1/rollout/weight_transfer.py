@@ -1,7 +1,7 @@
-"""The trainer's side of vLLM's native weight-transfer API: one sender a backend, all with the same three calls.
+"""The trainer's side of vLLM's native weight-transfer API: one kind of sender a backend, all with the same calls.
 
-gloo and file are our own engines (vllm_engines.py) and need no GPU; nccl and ipc drive vLLM's trainer classes. vLLM is imported
-only for those two: on a CPU the trainer adapts torch.cuda for Megatron, and vLLM must not see that.
+gloo, nccl and file have engines of ours in vLLM (vllm_engines.py); gloo and nccl are one code, with another group. ipc drives vLLM's
+trainer class. vLLM is imported for that alone: on a CPU the trainer adapts torch.cuda for Megatron, and vLLM must not see that.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import base64
 import pickle
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, count, zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
@@ -21,37 +21,53 @@ from urllib.parse import urlparse
 import torch
 from safetensors.torch import save_file
 
-from megatron_r1.processes import free_port
 from megatron_r1.rollout import wire
 from megatron_r1.rollout.engine import EngineError
 from megatron_r1.rollout.servers import Servers
 
 BUCKET_SECONDS = 60.0  # for one bucket to reach all workers
 POLL_SECONDS = 0.001
+NUMBERS = count()  # of this process's meetings
+Round = tuple[Future[Any] | None, torch.Tensor | None, Any]  # the servers' answers, the bytes on their way, and the work that brings them
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the trainer's senders and the servers' workers meet. A new one has a new number."""
+
+    number: int
+    host: str = ""
+    port: int = 0
+    workers: int = 0  # of all servers
 
 
 class Sender(Protocol):
-    """Moves buckets of weights to every worker of every server."""
+    """Moves buckets of weights to every worker of every server. Rank 0 makes all calls, the other ranks `join` and `send`."""
 
-    def connect(self, world_sizes: Sequence[int]) -> None:
-        """Open the way to the servers' workers, `world_sizes[i]` of them at server i; again after a server restarted."""
+    def meet(self, world_sizes: Sequence[int], *, senders: int) -> Meeting:
+        """Call the servers' workers, `world_sizes[i]` of them at server i, together; again after a server restarted."""
 
-    def send(self, bucket: list[wire.Named]) -> None:
-        """Return once every worker has the bucket."""
+    def join(self, meeting: Meeting, mine: int | None) -> None:
+        """Open the way from this rank, sender number `mine`; once for each meeting."""
+
+    def send(self, buckets: Iterable[list[wire.Named]], others: Sequence[Iterable[wire.Described]]) -> None:
+        """Return once every worker has all buckets. `others` is on rank 0 what each other sender says of its buckets."""
 
     def close(self) -> None: ...
 
 
 def make_sender(backend: str, servers: Servers, *, rank: int = 0, folder: Path | None = None) -> Sender:
     """The sender of rollout.weight_transfer = `backend`. `folder` is the shared folder of "file"."""
-    if backend == "gloo":
-        return GlooSender(servers)
+    if backend in ("nccl", "ipc") and (torch.version.cuda is None or not torch.cuda.is_available()):
+        raise ValueError(f'rollout.weight_transfer = {backend!r}: needs CUDA, and there is none here; set "gloo" or "file"')
+    if backend in ("gloo", "nccl"):
+        return GroupSender(servers, rank=rank, device="cpu" if backend == "gloo" else "cuda")
     if backend == "file":
         if folder is None:
             raise ValueError('rollout.weight_transfer = "file": needs a folder that trainer and servers share')
         return FileSender(servers, folder)
-    if backend in ("nccl", "ipc"):
-        return DeviceSender(backend, servers, rank=rank)
+    if backend == "ipc":
+        return IpcSender(servers, rank=rank)
     raise ValueError(f'rollout.weight_transfer = {backend!r}: not a backend; use "gloo", "file", "nccl" or "ipc"')
 
 
@@ -68,50 +84,87 @@ def rank_offsets(world_sizes: Sequence[int]) -> list[int]:
     return [1 + n for n in accumulate(world_sizes, initial=0)][:-1]
 
 
-def watch(theirs: Future[Any], ours: Callable[[], bool], limit_seconds: float) -> None:
+def watch(theirs: Future[Any] | None, ours: Callable[[], bool], limit_seconds: float) -> None:
     """Wait until our half of an exchange is done; a server that fails its half ends the wait at once.
 
     Nothing here blocks inside torch.distributed: a trainer that gives up must also be able to exit.
     """
     limit = time.monotonic() + limit_seconds
     while not ours():
-        if theirs.done():
+        if theirs is not None and theirs.done():
             theirs.result()
         if time.monotonic() > limit:
             raise EngineError(f"weight transfer: no answer of the servers' workers within {limit_seconds:g} s; see the servers' logs")
         time.sleep(POLL_SECONDS)
 
 
-class GlooSender:
-    """Rank 0 of a gloo group of this process and all workers; one broadcast a bucket."""
+class GroupSender:
+    """Rank 0 of a group of this rank and all workers: one broadcast a bucket, and the next bucket is made while it is on its way.
 
-    def __init__(self, servers: Servers) -> None:
-        self.servers = servers
+    Senders do not wait for each other. Rank 0 tells the servers, once a round, what comes from whom.
+    """
+
+    def __init__(self, servers: Servers, *, rank: int, device: str = "cpu") -> None:
+        self.servers, self.rank, self.device = servers, rank, device
         self.limit_seconds = min(BUCKET_SECONDS, servers.limit_seconds)
+        self.meeting: Meeting | None = None
+        self.store: Any = None
         self.group: Any = None
 
-    def connect(self, world_sizes: Sequence[int]) -> None:
+    def meet(self, world_sizes: Sequence[int], *, senders: int) -> Meeting:
         self.close()
         limit, workers = self.limit_seconds, sum(world_sizes)
         host = local_address(self.servers)
         self.store = wire.listen(host, limit_seconds=limit)
-        common = {"host": host, "port": self.store.port, "world_size": 1 + workers, "limit_seconds": limit}
+        common = {"host": host, "port": self.store.port, "senders": senders, "world_size": 1 + workers, "limit_seconds": limit}
         bodies = [{"init_info": common | {"rank_offset": offset}} for offset in rank_offsets(world_sizes)]
-        theirs = self.servers.all("/init_weight_transfer_engine", bodies)
-        watch(theirs, lambda: wire.arrived(self.store) == workers, limit)
-        self.group = wire.gloo_group(self.store, rank=0, world_size=1 + workers, limit_seconds=limit)
-        theirs.result()
+        self.theirs = self.servers.all("/init_weight_transfer_engine", bodies)
+        return Meeting(next(NUMBERS), host, self.store.port, workers)
 
-    def send(self, bucket: list[wire.Named]) -> None:
-        flat = wire.pack(bucket)
-        theirs = self.servers.all("/update_weights", [{"update_info": wire.describe(bucket)}] * len(self.servers.urls))
-        work = wire.broadcast(self.group, flat)
-        watch(theirs, work.is_completed, self.limit_seconds)
-        theirs.result()  # says more than the group does when a server died
-        work.wait()
+    def join(self, meeting: Meeting, mine: int | None) -> None:
+        if mine is None or meeting == self.meeting:
+            return
+        limit = self.limit_seconds
+        if self.rank == 0:
+            watch(self.theirs, lambda: wire.arrived(self.store) == meeting.workers, limit)
+        else:
+            self.store = wire.visit(meeting.host, meeting.port, limit_seconds=limit)
+        of_all = {"rank": 0, "world_size": 1 + meeting.workers, "device": self.device, "limit_seconds": limit}
+        self.group = wire.make_group(self.store, sender=mine, **of_all)
+        if self.rank == 0:
+            self.theirs.result()
+        self.meeting = meeting
+
+    def send(self, buckets: Iterable[list[wire.Named]], others: Sequence[Iterable[wire.Described]]) -> None:
+        if self.group is None:  # this rank only takes part in the gathering
+            for _ in buckets:
+                pass
+            return
+        last = None
+        for bucket, *theirs in zip_longest(buckets, *others):
+            flat = wire.pack(bucket, device=self.device) if bucket else None
+            if last is not None:
+                self._wait(*last)
+            last = self._start(flat, [wire.describe(bucket) if bucket else None, *theirs])
+        if last is not None:
+            self._wait(*last)
+
+    def _start(self, flat: torch.Tensor | None, parts: list[wire.Described | None]) -> Round:
+        theirs = None
+        if self.rank == 0:
+            theirs = self.servers.all("/update_weights", [{"update_info": {"parts": parts}}] * len(self.servers.urls))
+        return theirs, flat, None if flat is None else wire.broadcast(self.group, flat)
+
+    def _wait(self, theirs: Future[Any] | None, flat: torch.Tensor | None, work: Any) -> None:
+        if work is not None:
+            watch(theirs, work.is_completed, self.limit_seconds)
+        if theirs is not None:
+            theirs.result()  # says more than the group does when a server died
+        if work is not None:
+            work.wait()
 
     def close(self) -> None:
-        self.group = self.store = None
+        self.group = self.store = self.meeting = None
 
 
 class FileSender:
@@ -121,16 +174,21 @@ class FileSender:
         self.servers = servers
         self.folder = folder
 
-    def connect(self, world_sizes: Sequence[int]) -> None:
+    def meet(self, world_sizes: Sequence[int], *, senders: int) -> Meeting:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.servers.all("/init_weight_transfer_engine", [{"init_info": {"root": str(self.folder)}}] * len(world_sizes)).result()
+        return Meeting(next(NUMBERS))
 
-    def send(self, bucket: list[wire.Named]) -> None:
+    def join(self, meeting: Meeting, mine: int | None) -> None:
+        """The folder is all there is."""
+
+    def send(self, buckets: Iterable[list[wire.Named]], others: Sequence[Iterable[wire.Described]]) -> None:
         file = self.folder / "bucket.safetensors"
-        # copies: safetensors refuses tensors that share storage, as slices of a fused weight do
-        save_file({name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in bucket}, file)
-        self.servers.all("/update_weights", [{"update_info": {"file": file.name}}] * len(self.servers.urls)).result()
-        file.unlink()
+        for bucket in buckets:
+            # copies: safetensors refuses tensors that share storage, as slices of a fused weight do
+            save_file({name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in bucket}, file)
+            self.servers.all("/update_weights", [{"update_info": {"file": file.name}}] * len(self.servers.urls)).result()
+            file.unlink()
 
     def close(self) -> None:
         """Nothing is held."""
@@ -155,47 +213,46 @@ class Bucket:
         return iter(self.tensors)
 
 
-class DeviceSender:
-    """nccl and ipc: vLLM's own trainer classes, one round a bucket. They take this object as their client.
+class IpcSender:
+    """vLLM's own trainer class, one round a bucket, with this object as its client; its workers read the memory of the rank on their GPU.
 
-    Every trainer rank makes each call with ipc, whose workers read the memory of the rank on their own GPU; rank 0 alone with nccl.
+    Every rank has all weights and makes each call.
     """
 
-    def __init__(self, backend: str, servers: Servers, *, rank: int) -> None:
-        if torch.version.cuda is None or not torch.cuda.is_available():
-            raise ValueError(f'rollout.weight_transfer = {backend!r}: needs CUDA, and there is none here; set "gloo" or "file"')
-        self.backend, self.servers, self.rank = backend, servers, rank
+    def __init__(self, servers: Servers, *, rank: int) -> None:
+        self.servers, self.rank = servers, rank
         self.source = Bucket()
+        self.meeting: Meeting | None = None
         self.engine: Any = None
 
-    def connect(self, world_sizes: Sequence[int]) -> None:
+    def meet(self, world_sizes: Sequence[int], *, senders: int) -> Meeting:
+        return Meeting(next(NUMBERS), workers=sum(world_sizes))
+
+    def join(self, meeting: Meeting, mine: int | None) -> None:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+        if meeting == self.meeting:
+            return
         self.close()
-        self.offsets = rank_offsets(world_sizes)
-        if self.backend == "nccl":
-            host, port = local_address(self.servers), free_port()
-            info = NCCLTrainerInitInfo(rank=self.rank, master_address=host, master_port=port, world_size=1 + sum(world_sizes))
-        else:
-            info = IPCTrainerInitInfo(rank=self.rank, packed=True)
+        info = IPCTrainerInitInfo(rank=self.rank, packed=True)
         self.engine = WeightTransferTrainerFactory.trainer_init(info, client=self, source=self.source)
+        self.meeting = meeting
 
-    def send(self, bucket: list[wire.Named]) -> None:
-        self.source.tensors = [(name, tensor.detach().cuda()) for name, tensor in bucket]
-        self.engine.send_weights()
-        self.source.tensors = []
+    def send(self, buckets: Iterable[list[wire.Named]], others: Sequence[Iterable[wire.Described]]) -> None:
+        for bucket in buckets:
+            self.source.tensors = [(name, tensor.detach().cuda()) for name, tensor in bucket]
+            self.engine.send_weights()
+            self.source.tensors = []
 
     def close(self) -> None:
         if self.engine is not None:
             self.engine.shutdown()
-            self.engine = None
+        self.engine = self.meeting = None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """vLLM's client protocol: one init_info for all servers; only the first ranks of their workers differ."""
-        ranks = [{"rank_offset": offset} if "rank_offset" in init_info else {} for offset in self.offsets]
-        self.servers.all("/init_weight_transfer_engine", [{"init_info": init_info | rank} for rank in ranks]).result()
+        """vLLM's client protocol: the same for all servers."""
+        self.servers.all("/init_weight_transfer_engine", [{"init_info": init_info}] * len(self.servers.urls)).result()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         handles = update_info.pop("ipc_handles", None)

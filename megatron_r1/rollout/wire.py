@@ -12,9 +12,12 @@ from math import prod
 import torch
 import torch.distributed as dist
 
+from megatron_r1.weights.division import TensorInfo
+
 ALIGNMENT = 64  # bytes: a tensor is viewed in place, so it must start where its element type may
 ARRIVED = "arrived"  # key of the rendezvous
 Named = tuple[str, torch.Tensor]
+Described = dict[str, list]  # names, dtypes and shapes of a bucket's tensors
 
 
 def buckets(weights: Iterable[Named], limit_bytes: int) -> Iterator[list[Named]]:
@@ -32,7 +35,7 @@ def buckets(weights: Iterable[Named], limit_bytes: int) -> Iterator[list[Named]]
         yield bucket
 
 
-def describe(bucket: Sequence[Named]) -> dict[str, list]:
+def describe(bucket: Sequence[Named]) -> Described:
     """Names, dtypes and shapes: what the receiver needs beside the bytes. JSON-ready."""
     return {
         "names": [name for name, _ in bucket],
@@ -41,10 +44,16 @@ def describe(bucket: Sequence[Named]) -> dict[str, list]:
     }
 
 
-def pack(bucket: Sequence[Named]) -> torch.Tensor:
-    """The bucket's bytes in one flat uint8 tensor on the CPU."""
+def shapes_only(part: Sequence[TensorInfo]) -> Iterator[Named]:
+    """Tensors without bytes, of which `buckets` and `describe` make what they make of the tensors themselves."""
+    for name, dtype, shape in part:
+        yield name, torch.empty(shape, dtype=dtype, device="meta")
+
+
+def pack(bucket: Sequence[Named], *, device: str = "cpu") -> torch.Tensor:
+    """The bucket's bytes in one flat uint8 tensor."""
     sizes = [tensor.numel() * tensor.element_size() for _, tensor in bucket]
-    flat = torch.empty(sum(map(padded, sizes)), dtype=torch.uint8)
+    flat = torch.empty(sum(map(padded, sizes)), dtype=torch.uint8, device=device)
     offset = 0
     for (_, tensor), size in zip(bucket, sizes, strict=True):
         flat[offset : offset + size].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
@@ -52,51 +61,69 @@ def pack(bucket: Sequence[Named]) -> torch.Tensor:
     return flat
 
 
-def receive(group: dist.ProcessGroup, names: list[str], *, dtypes: list[str], shapes: list[list[int]]) -> Iterator[Named]:
-    """The other end of `pack` and `broadcast`: the bucket's tensors, as views of one fresh buffer."""
-    types = [getattr(torch, name) for name in dtypes]
-    sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, types, strict=True)]
-    flat = torch.empty(sum(map(padded, sizes)), dtype=torch.uint8)
-    broadcast(group, flat).wait()
-    offset = 0
-    for name, dtype, shape, size in zip(names, types, shapes, sizes, strict=True):
-        yield name, flat[offset : offset + size].view(dtype).view(shape)
-        offset += padded(size)
+def receive(groups: Sequence[dist.ProcessGroup], parts: Sequence[Described | None], *, device: str = "cpu") -> Iterator[Named]:
+    """The other end of `pack` and `broadcast`, for one bucket of each sender that has one: their tensors, as views of fresh buffers."""
+    coming = []
+    for group, part in zip(groups, parts, strict=True):
+        if part is not None:
+            types = [getattr(torch, name) for name in part["dtypes"]]
+            sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(part["shapes"], types, strict=True)]
+            flat = torch.empty(sum(map(padded, sizes)), dtype=torch.uint8, device=device)
+            coming.append((broadcast(group, flat), flat, zip(part["names"], types, part["shapes"], sizes, strict=True)))
+    for work, flat, tensors in coming:
+        work.wait()
+        offset = 0
+        for name, dtype, shape, size in tensors:
+            yield name, flat[offset : offset + size].view(dtype).view(shape)
+            offset += padded(size)
 
 
 def broadcast(group: dist.ProcessGroup, flat: torch.Tensor) -> dist.Work:
-    """From rank 0, the trainer, to all workers of all servers."""
+    """From rank 0, the sender, to all workers of all servers."""
     options = dist.BroadcastOptions()
     options.rootRank = 0
     return group.broadcast([flat], options)
 
 
 def listen(host: str, *, limit_seconds: float) -> dist.TCPStore:
-    """The trainer's half of a rendezvous, on a free port that it takes (`.port`)."""
+    """The place where senders and workers meet, on a free port that rank 0 takes (`.port`)."""
     return dist.TCPStore(host, 0, is_master=True, timeout=timedelta(seconds=limit_seconds), wait_for_workers=False)
 
 
+def visit(host: str, port: int, *, limit_seconds: float) -> dist.TCPStore:
+    """The same place, for the others."""
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=limit_seconds))
+
+
 def arrived(store: dist.TCPStore) -> int:
-    """How many workers are at the rendezvous."""
+    """How many workers are there."""
     return store.add(ARRIVED, 0)
 
 
-def join(host: str, port: int, *, rank: int, world_size: int, limit_seconds: float) -> dist.ProcessGroup:
-    """A worker's half of the rendezvous, and its group."""
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=limit_seconds))
+def join(
+    store: dist.TCPStore, *, senders: int, rank: int, world_size: int, device: str = "cpu", limit_seconds: float
+) -> list[dist.ProcessGroup]:
+    """A worker's groups, one with each sender."""
     store.add(ARRIVED, 1)
-    return gloo_group(store, rank=rank, world_size=world_size, limit_seconds=limit_seconds)
+    of_all = {"rank": rank, "world_size": world_size, "device": device, "limit_seconds": limit_seconds}
+    return [make_group(store, sender=sender, **of_all) for sender in range(senders)]
 
 
-def gloo_group(store: dist.TCPStore, *, rank: int, world_size: int, limit_seconds: float) -> dist.ProcessGroup:
-    """A group apart from the process's own default one; blocks until all ranks are there. Rank 0 is the trainer."""
-    options = dist.ProcessGroupGloo._Options()
+def make_group(
+    store: dist.TCPStore, *, sender: int, rank: int, world_size: int, device: str = "cpu", limit_seconds: float
+) -> dist.ProcessGroup:
+    """A group of a sender, its rank 0, and all workers, apart from the process's own default one: gloo on a CPU, NCCL on a GPU.
+
+    With gloo it blocks until all ranks are there; NCCL waits with the first broadcast.
+    """
+    kind = dist.ProcessGroupGloo if device == "cpu" else dist.ProcessGroupNCCL
+    options = kind._Options() if device == "cpu" else kind.Options()
     options._timeout = timedelta(seconds=limit_seconds)
-    if store.host.startswith("127."):  # one machine: no guessing which of its addresses others can reach
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=store.host)]
-    else:
-        options._devices = [dist.ProcessGroupGloo.create_default_device()]
-    return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options)
+    if device == "cpu" and store.host.startswith("127."):  # one machine: no guessing which of its addresses others can reach
+        options._devices = [kind.create_device(hostname=store.host)]
+    elif device == "cpu":
+        options._devices = [kind.create_default_device()]
+    return kind(dist.PrefixStore(f"weights{sender}", store), rank, world_size, options)
 
 
 def padded(size: int) -> int:

@@ -24,6 +24,7 @@ from megatron_r1.problem import Problem
 from megatron_r1.rollout.engine import SamplingParams, never
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.placement import Colocated, Dedicated
+from megatron_r1.rollout.server_process import SENDING
 from megatron_r1.rollout.vllm_server import VLLMServers
 from megatron_r1.run_folder import DONE, STOP, hold
 from megatron_r1.sample_file import SampleFile
@@ -32,7 +33,7 @@ from megatron_r1.stages.inputs import evaluation_sampling, load_problems, make_s
 from megatron_r1.types import Microbatch, Sample
 from megatron_r1.verifying.scoring import Scorer
 from megatron_r1.watchdog import Watchdog
-from megatron_r1.weights import shard
+from megatron_r1.weights import exporter
 
 Cursor = data.Dataset | Mixture
 CANARY_TOKENS = 48
@@ -103,17 +104,18 @@ def make_fleet(config: StageConfig, policy: Policy, hf: dict[str, Any]) -> Fleet
     engine = VLLMServers(
         r.urls,
         weight_transfer=r.weight_transfer,
-        rank=distributed.rank(),
+        ranks=distributed,
         max_num_seqs=r.max_num_seqs,
         request_limit_seconds=r.request_timeout_seconds,
         start_limit_seconds=r.start_timeout_seconds,
         transfer_folder=Path(config.run.dir) / "transfer",
     )
-    engine.quantization = r.quantization
+    engine.buckets.quantization = r.quantization
     ids = [(7919 * i + 17) % hf["vocab_size"] for i in range(CANARY_TOKENS)]
     [canary] = policy.pack([TokenSequence(ids=ids, learned=[1] * len(ids))], [[0]])
     placement = Colocated(engine, Offload(policy.chunks, policy.optimizer)) if r.placement == "colocated" else Dedicated()
-    return Fleet(engine, policy, canary=canary, tolerance=r.canary_tolerance, seed=config.run.seed, placement=placement)
+    scope = r.weight_senders if r.weight_transfer in SENDING else "all"
+    return Fleet(engine, policy, canary=canary, tolerance=r.canary_tolerance, seed=config.run.seed, placement=placement, scope=scope)
 
 
 def roll_out(
@@ -195,7 +197,7 @@ def finish(config: StageConfig, parts: Parts, cursor: Cursor, *, done: bool) -> 
         save(config, parts, cursor)
     if done and config.checkpoint.export:
         target = parts.folder / "hf"
-        shard.save(parts.policy.chunks, parts.policy.hf, folder=target, source_folder=config.model.path, overwrite=True)
+        exporter.save(parts.policy.chunks, parts.policy.hf, folder=target, source_folder=config.model.path, overwrite=True)
         if isinstance(config.chat_template, str) and distributed.rank() == 0:
             shutil.copyfile(config.chat_template, target / "chat_template.jinja")  # over the tokenizer's own, for whoever serves it
         say(f"exported {target}")
