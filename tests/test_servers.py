@@ -379,37 +379,70 @@ def test_no_rank_is_left_alone_in_an_update_that_fails_before_anything_is_sent(s
     assert walked == []
 
 
-@pytest.mark.parametrize("counts", [(3, 1), (1, 3)])
-def test_senders_with_unequal_parts_send_at_once_and_all_of_it_arrives(stub, client, counts):
-    """Two ranks and one worker, which reads as vllm_engines.py does, over gloo."""
-    got: dict[str, torch.Tensor] = {}
-    groups: list[dist.ProcessGroup] = []
+class Worker:
+    """A server's worker, which reads as vllm_engines.py does, over gloo; it dies as it is asked for round number `dies`."""
 
-    def meet(body: dict) -> Answer:
+    def __init__(self, stub: Callable[..., Stub], *, dies: int | None = None) -> None:
+        self.got: dict[str, torch.Tensor] = {}
+        self.groups: list[dist.ProcessGroup] = []
+        self.dies, self.rounds = dies, 0
+        health = lambda body: (503 if self.is_dead else 200, {})  # noqa: E731
+        self.server = stub(init_weight_transfer_engine=self.meet, update_weights=self.receive, health=health)
+
+    @property
+    def is_dead(self) -> bool:
+        return self.rounds == self.dies
+
+    def meet(self, body: dict) -> Answer:
         told = body["init_info"]
         store = wire.visit(told["host"], told["port"], limit_seconds=10.0)
-        worker = {"rank": told["rank_offset"], "world_size": told["world_size"]}
-        groups.extend(wire.join(store, senders=told["senders"], limit_seconds=10.0, **worker))
+        place = {"rank": told["rank_offset"], "world_size": told["world_size"]}
+        self.groups = wire.join(store, senders=told["senders"], limit_seconds=10.0, **place)
         return 200, {}
 
-    def receive(body: dict) -> Answer:
-        got.update(wire.receive(groups, body["update_info"]["parts"]))
+    def receive(self, body: dict) -> Answer:
+        self.rounds += 1
+        if self.is_dead:
+            self.groups.clear()
+            return 500, {"error": "engine"}
+        self.got.update(wire.receive(self.groups, body["update_info"]["parts"]))
         return 200, {}
 
-    server, together = stub(init_weight_transfer_engine=meet, update_weights=receive), Together()
+
+def send_from_two_ranks(client: Callable[..., VLLMServers], worker: Worker, counts: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """As many tensors from each rank, one a bucket; what the worker should have got. Raises what both ranks raise."""
+    together = Together()
     parts = [{f"{rank}.{i}": torch.full((5, 7), 10.0 * rank + i) for i in range(count)} for rank, count in enumerate(counts)]
     told = [[TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in part.items()] for part in parts]
 
-    def rank(number: int) -> None:
-        engine = client(server.url, ranks=together.of(number))
-        engine.buckets.bucket_bytes = 256  # one tensor a bucket
-        engine.update_weights(parts[number].items(), 1, division=Division(told, mine=number))
+    def rank(number: int) -> EngineError | None:
+        engine = client(worker.server.url, ranks=together.of(number))
+        engine.buckets.bucket_bytes = 256
+        try:
+            engine.update_weights(parts[number].items(), 1, division=Division(told, mine=number))
+        except EngineError as error:
+            return error
+        return None
 
     with ThreadPoolExecutor(2) as ranks:
-        for done in [ranks.submit(rank, number) for number in range(2)]:
-            done.result()
-    assert len([path for path, _ in server.asked if path == "/update_weights"]) == max(counts)
-    assert {name: t.tolist() for name, t in got.items()} == {name: t.tolist() for part in parts for name, t in part.items()}
+        first, second = ranks.map(rank, range(2))
+    assert type(first) is type(second), (first, second)
+    if first is not None:
+        raise first
+    return parts[0] | parts[1]
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (1, 3)])
+def test_senders_with_unequal_parts_send_at_once_and_all_of_it_arrives(stub, client, counts):
+    worker = Worker(stub)
+    sent = send_from_two_ranks(client, worker, counts)
+    assert worker.rounds == max(counts)
+    assert {name: t.tolist() for name, t in worker.got.items()} == {name: t.tolist() for name, t in sent.items()}
+
+
+def test_a_server_that_dies_while_many_send_is_news_to_each_of_them(stub, client):
+    with pytest.raises(EngineLost):
+        send_from_two_ranks(client, Worker(stub, dies=2), (3, 3))
 
 
 def test_user_mistakes_are_named(stub, client):

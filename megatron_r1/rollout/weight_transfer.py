@@ -7,6 +7,7 @@ trainer class. vLLM is imported for that alone: on a CPU the trainer adapts torc
 from __future__ import annotations
 
 import base64
+import contextlib
 import pickle
 import socket
 import time
@@ -98,6 +99,15 @@ def watch(theirs: Future[Any] | None, ours: Callable[[], bool], limit_seconds: f
         time.sleep(POLL_SECONDS)
 
 
+@contextlib.contextmanager
+def group_errors() -> Iterator[None]:
+    """What torch.distributed says when a peer is gone, as the error of a server."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise EngineError(f"weight transfer: {str(error).splitlines()[0]}; see the servers' logs") from error
+
+
 class GroupSender:
     """Rank 0 of a group of this rank and all workers: one broadcast a bucket, and the next bucket is made while it is on its way.
 
@@ -127,10 +137,11 @@ class GroupSender:
         limit = self.limit_seconds
         if self.rank == 0:
             watch(self.theirs, lambda: wire.arrived(self.store) == meeting.workers, limit)
-        else:
-            self.store = wire.visit(meeting.host, meeting.port, limit_seconds=limit)
         of_all = {"rank": 0, "world_size": 1 + meeting.workers, "device": self.device, "limit_seconds": limit}
-        self.group = wire.make_group(self.store, sender=mine, **of_all)
+        with group_errors():
+            if self.rank > 0:
+                self.store = wire.visit(meeting.host, meeting.port, limit_seconds=limit)
+            self.group = wire.make_group(self.store, sender=mine, **of_all)
         if self.rank == 0:
             self.theirs.result()
         self.meeting = meeting
@@ -161,7 +172,8 @@ class GroupSender:
         if theirs is not None:
             theirs.result()  # says more than the group does when a server died
         if work is not None:
-            work.wait()
+            with group_errors():
+                work.wait()
 
     def close(self) -> None:
         self.group = self.store = self.meeting = None
