@@ -26,3 +26,8 @@ def is_soon(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
     while not condition() and time.monotonic() < end:
         time.sleep(0.05)
     return condition()
+
+
+def threads(process: int) -> list[str]:
+    """The names of its threads."""
+    return [(task / "comm").read_text().strip() for task in Path(f"/proc/{process}/task").iterdir()]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import threads
 from servers import checkpoint_weights, logprobs
 
 from megatron_r1.rollout.engine import EngineError, EngineLost, Request, SamplingParams
@@ -53,6 +54,13 @@ def test_completions_of_a_group_differ_and_a_seed_repeats_them_in_any_company(se
     assert [c.token_ids for c in alone[2]] == [c.token_ids for c in first[2]]
     assert len({tuple(c.token_ids) for group in first.values() for c in group}) == 16
     assert generate(server.engine, requests(seed=8))[2] != first[2]
+
+
+def test_an_engine_s_groups_share_a_thread_and_those_that_bring_weights_another(server):
+    put(server, server.old, 1)
+    group = server.process.process.pid
+    names = [name for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if os.getpgid(pid) == group for name in threads(pid)]
+    assert names.count("gloo_tcp_loop") == 2
 
 
 def test_groups_arrive_one_by_one(server):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_r1 import gloo
 from megatron_r1.mcore import cpu
 from megatron_r1.parallel import Parallel
 
@@ -43,6 +44,8 @@ def init(parallel: Parallel, seed: int, *, timeout_minutes: float = 30.0) -> Non
     """
     if cpu.has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        gloo.share_device()
     _join(timeout=timedelta(minutes=timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

@@ -32,9 +32,12 @@ def main() -> None:
         from vllm.entrypoints.cli.main import main as vllm_main
         from vllm.entrypoints.openai import api_server  # noqa: F401  or it would be looked through when it is imported later
         from vllm.utils import system_utils
+
+        from megatron_r1 import gloo
     if is_cpu_build():
         # vLLM spawns its engine where OpenMP may have threads; here it has one, and a fork need not import vLLM once more (10 s of CPU)
         system_utils.get_mp_context = partial(multiprocessing.get_context, "fork")
+        gloo.share_device()
     sys.argv = ["vllm", "serve", *sys.argv[1:]]
     vllm_main()
 

@@ -12,6 +12,7 @@ from math import prod
 import torch
 import torch.distributed as dist
 
+from megatron_r1 import gloo
 from megatron_r1.weights.division import TensorInfo
 
 ALIGNMENT = 64  # bytes: a tensor is viewed in place, so it must start where its element type may
@@ -116,14 +117,14 @@ def make_group(
 
     With gloo it blocks until all ranks are there; NCCL waits with the first broadcast.
     """
-    kind = dist.ProcessGroupGloo if device == "cpu" else dist.ProcessGroupNCCL
-    options = kind._Options() if device == "cpu" else kind.Options()
-    options._timeout = timedelta(seconds=limit_seconds)
-    if device == "cpu" and store.host.startswith("127."):  # one machine: no guessing which of its addresses others can reach
-        options._devices = [kind.create_device(hostname=store.host)]
-    elif device == "cpu":
-        options._devices = [kind.create_default_device()]
-    return kind(dist.PrefixStore(f"weights{sender}", store), rank, world_size, options)
+    timeout = timedelta(seconds=limit_seconds)
+    prefixed = dist.PrefixStore(f"weights{sender}", store)
+    if device == "cpu":
+        address = store.host if store.host.startswith("127.") else None  # one machine: no guessing which of its addresses others can reach
+        return dist.ProcessGroupGloo(prefixed, rank, world_size, gloo.options(timeout, address))
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(prefixed, rank, world_size, options)
 
 
 def padded(size: int) -> int:
