@@ -15,7 +15,7 @@ r1-tiny: $(READY)
 
 test: $(READY)
 	@.venv/bin/ruff check megatron_r1 tests tools benchmarks
-	@.venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+	@.venv/bin/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 bench: $(READY)
 	@.venv/bin/python -m benchmarks.step $(ARGS)

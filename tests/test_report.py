@@ -237,7 +237,7 @@ def test_several_runs_share_their_figures_and_say_in_what_they_differ(tmp_path):
 
 def test_the_step_where_the_reference_was_replaced_is_marked(tmp_path):
     text = report.write([run(tmp_path / "zero", [step(n) for n in range(1, 51)])]).read_text()
-    assert re.findall(r"reference replaced at step (\d+)", text) == ["20", "40"]
+    assert re.findall(r"reference replaced at step (\d+)", text) == ["16", "32", "48"]
 
 
 def test_of_a_step_that_was_done_again_the_last_counts(tmp_path):
