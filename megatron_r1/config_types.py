@@ -41,6 +41,7 @@ class Kernels(Section):
     transformer_impl: Literal["transformer_engine", "local"] | None = None  # default: Transformer Engine's layers on a GPU
     fp8: Literal["none", "blockwise", "tensorwise", "delayed", "mxfp8"] = "none"  # "blockwise" is V3's
     dispatcher: Literal["alltoall", "deepep", "hybridep"] = "alltoall"  # of tokens to experts
+    overlap_expert_communication: bool = False  # of one microbatch, while another is computed
     rope_fusion: bool = True  # with Transformer Engine's layers
     head_dtype: Literal["model", "float32"] = "model"  # of the output layer's product, in trainer and servers
     recompute_modules: list[Literal["layernorm", "mla_up_proj", "moe_act", "mlp", "moe", "core_attn", "shared_experts"]] = []  # [] = V3's

@@ -15,6 +15,7 @@ import pytest
 from mcore_runs import Run, model
 from ranks import run_ranks
 
+from megatron_r1 import config_types
 from megatron_r1.models import kernels
 from megatron_r1.models.kernels import Kernels
 from megatron_r1.parallel import Parallel
@@ -23,6 +24,7 @@ V3 = json.loads((Path(__file__).resolve().parents[1] / "configs/models/deepseek_
 ENGINE = {"transformer_impl": "transformer_engine"}
 FP8 = ("blockwise", "tensorwise", "delayed", "mxfp8")
 EP2 = Parallel(expert_model_parallel_size=2)
+STAGES = Parallel(expert_model_parallel_size=2, pipeline_model_parallel_size=2)
 NO_MTP = {"num_nextn_predict_layers": 0}
 
 
@@ -61,6 +63,42 @@ def test_layers_of_transformer_engine_train_as_the_local_ones(ranks, parallel, c
     assert any(name.endswith("linear_kv_up_proj.layer_norm_weight") for name in found[3]), "a norm is fused into its linear layer"
     assert not any("local_experts" in name for name in found[3])
     assert not any("layer_norm_weight" in name for name in expected[3])
+
+
+def overlapped(parallel: Parallel, options: dict[str, Any], training: dict[str, Any]) -> Any:
+    """On a rank: metrics and weights of two steps of several microbatches, and how often one's layer ran with another's backward."""
+    from unittest import mock
+
+    from megatron.core.models.common.model_chunk_schedule_plan import TransformerLayerSchedulePlan
+
+    kernels = Kernels(**ENGINE, **options)
+    with (
+        Run(parallel, kernels=kernels, **training) as run,
+        mock.patch.object(TransformerLayerSchedulePlan, "run", side_effect=TransformerLayerSchedulePlan.run) as layers,
+    ):
+        run.policy.refresh_reference()
+        metrics = [run.sft_step(0, chunk_tokens=64), run.grpo_step(1, chunk_tokens=64)]
+        pairs = [call for call in layers.call_args_list if None not in call.args]
+        return metrics, run.weights(), len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "training"),
+    [
+        (2, EP2, TRAINED),
+        (2, EP2, {"recompute": "selective", "train_mtp": False, "router_bias_update_rate": 1e-3}),
+        (4, Parallel(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, expert_model_parallel_size=2), TRAINED),
+    ],
+    ids=["MTP trained", "V3's recompute and bias updates", "interleaved stages"],
+)
+def test_hidden_communication_of_experts_changes_nothing(ranks, parallel, training, on_engine):
+    expected = on_engine(ranks, overlapped, parallel, {}, training)[0]
+    found = on_engine(ranks, overlapped, parallel, {"overlap_expert_communication": True}, training)[0]
+    assert found[2] > 0 == expected[2]
+    for mine, theirs in zip(found[0], expected[0], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-6)
+    for name, weight in expected[1].items():  # the embedding's gradients of decoder and MTP are added in another order
+        np.testing.assert_allclose(found[1][name], weight, rtol=0, atol=1e-7, err_msg=name)
 
 
 def fp8_steps(recipe: str) -> Any:
@@ -106,6 +144,10 @@ def test_every_argument_is_a_field_of_megatrons_configuration():
             found |= kernels.recompute_arguments("selective", given, latent=True, grouped=True)
             assert found.keys() <= model_fields, found.keys() - model_fields
     assert optimizer_fields >= {"use_precision_aware_optimizer", "exp_avg_dtype", "exp_avg_sq_dtype", "optimizer_offload_fraction"}
+
+
+def test_every_kernel_can_be_set_in_a_config():
+    assert config_types.Kernels.model_fields.keys() == {f.name for f in fields(Kernels)}
 
 
 def logits_dtype(head: str) -> Any:
@@ -161,6 +203,26 @@ def test_what_cannot_work_is_refused_in_one_line(given, words, monkeypatch):
     line = complaint(**given)
     assert all(word in line for word in words), line
     assert "\n" not in line
+
+
+NOT_HIDDEN = [
+    ({"has_gpu": False}, "NVIDIA GPU"),
+    ({"parallel": Parallel()}, "parallel.expert_model_parallel_size = 1;"),
+    ({"parallel": Parallel(expert_model_parallel_size=256)}, "256 experts"),
+    ({"parallel": STAGES}, "set parallel.virtual_pipeline_model_parallel_size"),
+    ({"transformer_impl": "local"}, 'kernels.transformer_impl = "local"'),
+    ({"recompute": "full"}, 'set "selective"'),
+    ({"recompute": "selective", "recompute_modules": ["moe"]}, '"moe" in kernels.recompute_modules'),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), NOT_HIDDEN)
+def test_communication_that_cannot_be_hidden_is_refused_in_one_line(given, words, monkeypatch):
+    monkeypatch.setattr(kernels, "is_installed", lambda module: module == "transformer_engine")
+    line = complaint(overlap_expert_communication=True, **given)
+    assert line.startswith("kernels.overlap_expert_communication = true: ") and words in line, line
+    assert "\n" not in line
+    assert complaint(overlap_expert_communication=True) == ""
 
 
 def test_a_gpu_without_transformer_engine_is_told_how_to_install_it():

@@ -15,6 +15,8 @@ from megatron.core.tensor_parallel import checkpoint, gather_from_sequence_paral
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, roll_tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_r1.mcore.overlap import SchedulePlan
+
 
 @dataclass
 class GroupedConfig(TransformerConfig):
@@ -76,6 +78,10 @@ class PolicyModel(GPTModel):
         for layer in self.mtp.layers if self.mtp_process else ():
             if "forward_func" in signature(layer._checkpointed_forward).parameters:  # newer cores need no help
                 layer._checkpointed_forward = partial(_recomputed, layer._proj_and_transformer_layer)
+
+    def build_schedule_plan(self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: None, **rest: Any) -> SchedulePlan:
+        """The same call in parts, for Megatron to run between those of another microbatch."""
+        return SchedulePlan(self, input_ids, position_ids, attention_mask, **rest)
 
     def _postprocess(
         self,

@@ -27,6 +27,7 @@ from megatron_r1.mcore import cpu, reduction
 from megatron_r1.mcore.context import Division
 from megatron_r1.mcore.logprobs import token_logprobs
 from megatron_r1.mcore.optimizer import Training, make_optimizer, wrap
+from megatron_r1.mcore.overlap import SchedulePlan
 from megatron_r1.mcore.reference import Reference
 from megatron_r1.models import is_reward_model
 from megatron_r1.models.build import build
@@ -207,13 +208,19 @@ class Policy:
             self.config.finalize_model_grads_func = None  # a cycle through backward hooks is never collected
 
     def _forward(
-        self, inputs: Iterator[tuple[Microbatch, PackedSeqParams]], model: torch.nn.Module, *, finish: Finish, labels: bool
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]]:
-        """Megatron's forward step: one chunk's output for one microbatch, and what turns the last one's into the loss."""
+        self,
+        inputs: Iterator[tuple[Microbatch, PackedSeqParams]],
+        model: torch.nn.Module,
+        return_schedule_plan: bool = False,
+        *,
+        finish: Finish,
+        labels: bool,
+    ) -> tuple[torch.Tensor | SchedulePlan, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]]:
+        """Megatron's forward step: one chunk's output for one microbatch, or its plan, and what turns the last one's into the loss."""
         microbatch, packed = next(inputs)
         cut = packed.division.cut
         targets = {"labels": cut(microbatch.labels_T)[None], "loss_mask": cut(microbatch.loss_mask_T)[None]} if labels else {}
-        output = model(
+        output = (model.build_schedule_plan if return_schedule_plan else model)(
             input_ids=cut(microbatch.tokens_T)[None],
             position_ids=cut(microbatch.positions_T)[None],
             attention_mask=None,

@@ -85,6 +85,8 @@ def build(
         calculate_per_token_loss=True,  # gradients are divided by the count that the loss reports, over all ranks
         activation_func=torch.nn.functional.silu,
     )
+    # not an argument: Megatron refuses it for MTP layers without a pipeline, which its own plan of them needs (see mcore/overlap.py)
+    config.overlap_moe_expert_parallel_comm = kernels.overlap_expert_communication
     stages = parallel.virtual_pipeline_model_parallel_size
     head = torch.float32 if kernels.head_dtype == "float32" else None
     chunks = [_chunk(config, hf, vp_stage=stage, head_dtype=head) for stage in (range(stages) if stages else [None])]

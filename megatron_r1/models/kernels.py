@@ -35,6 +35,7 @@ class Kernels:
     transformer_impl: TransformerImpl | None = None  # None: Transformer Engine's layers where there is CUDA
     fp8: Literal["none", "blockwise", "tensorwise", "delayed", "mxfp8"] = "none"
     dispatcher: Literal["alltoall", "deepep", "hybridep"] = "alltoall"  # of tokens to experts
+    overlap_expert_communication: bool = False  # the dispatcher's communication of one microbatch while another is computed
     rope_fusion: bool = True  # with Transformer Engine's layers
     head_dtype: Literal["model", "float32"] = "model"  # the output layer's product, from which the log-probs come
     recompute_modules: Sequence[str] = ()  # of recompute = "selective"; none: V3's
@@ -57,6 +58,7 @@ def check(kernels: Kernels, hf: dict[str, Any], parallel: Parallel, *, dtype: st
         'kernels.transformer_impl = "transformer_engine"': kernels.transformer_impl == "transformer_engine",
         f'kernels.fp8 = "{kernels.fp8}"': kernels.fp8 != "none",
         f'kernels.dispatcher = "{kernels.dispatcher}"': kernels.dispatcher != "alltoall",
+        "kernels.overlap_expert_communication = true": kernels.overlap_expert_communication,
     }.items():
         if used and not has_gpu:
             raise ValueError(f"{name}: needs an NVIDIA GPU, and there is none here; leave it out")
@@ -68,6 +70,8 @@ def check(kernels: Kernels, hf: dict[str, Any], parallel: Parallel, *, dtype: st
     _check_recompute(kernels, hf, recompute=recompute, has_gpu=has_gpu)
     _check_fp8(kernels, hf, parallel)
     _check_dispatcher(kernels, hf, parallel)
+    if kernels.overlap_expert_communication:
+        _check_overlap(kernels, hf, parallel, recompute=recompute)
 
 
 def check_optimizer(*, moments_dtype: str, offload_fraction: float, dtype: str, has_gpu: bool) -> None:
@@ -125,6 +129,22 @@ def _check_dispatcher(kernels: Kernels, hf: dict[str, Any], parallel: Parallel) 
         raise ValueError(f'{name}: moves tokens between ranks, and parallel.expert_model_parallel_size = 1; raise that or set "alltoall"')
     if not is_installed(module):
         raise ValueError(f"{name}: is not installed here; {INSTALL[module]}")
+
+
+def _check_overlap(kernels: Kernels, hf: dict[str, Any], parallel: Parallel, *, recompute: Recompute) -> None:
+    stages, ranks = parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
+    interleaved = parallel.virtual_pipeline_model_parallel_size
+    for is_so, what, fix in (
+        (kernels.transformer_impl == "local", 'kernels.transformer_impl = "local"', "take that out"),
+        (ranks == 1, "parallel.expert_model_parallel_size = 1", "raise that"),
+        # Megatron 0.16 frees what an only expert was given before its backward pass
+        (ranks >= experts(hf), f"parallel.expert_model_parallel_size = {ranks} for {experts(hf)} experts", "lower that"),
+        (stages > 1 and not interleaved, f"{stages} pipeline stages", "set parallel.virtual_pipeline_model_parallel_size"),
+        (recompute == "full", 'model.recompute = "full"', 'set "selective"'),
+        ("moe" in kernels.recompute_modules, '"moe" in kernels.recompute_modules', "take that out"),
+    ):
+        if is_so:
+            raise ValueError(f"kernels.overlap_expert_communication = true: not with {what}; {fix}, or leave it out")
 
 
 def experts(hf: dict[str, Any]) -> int:
