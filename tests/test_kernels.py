@@ -9,6 +9,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -67,19 +68,13 @@ def test_layers_of_transformer_engine_train_as_the_local_ones(ranks, parallel, c
 
 def overlapped(parallel: Parallel, options: dict[str, Any], training: dict[str, Any]) -> Any:
     """On a rank: metrics and weights of two steps of several microbatches, and how often one's layer ran with another's backward."""
-    from unittest import mock
+    with Run(parallel, kernels=Kernels(**ENGINE, **options), **training) as run:
+        from megatron.core.models.common.model_chunk_schedule_plan import TransformerLayerSchedulePlan as Layer
 
-    from megatron.core.models.common.model_chunk_schedule_plan import TransformerLayerSchedulePlan
-
-    kernels = Kernels(**ENGINE, **options)
-    with (
-        Run(parallel, kernels=kernels, **training) as run,
-        mock.patch.object(TransformerLayerSchedulePlan, "run", side_effect=TransformerLayerSchedulePlan.run) as layers,
-    ):
         run.policy.refresh_reference()
-        metrics = [run.sft_step(0, chunk_tokens=64), run.grpo_step(1, chunk_tokens=64)]
-        pairs = [call for call in layers.call_args_list if None not in call.args]
-        return metrics, run.weights(), len(pairs)
+        with mock.patch.object(Layer, "run", side_effect=Layer.run) as layers:
+            metrics = [run.sft_step(0, chunk_tokens=64), run.grpo_step(1, chunk_tokens=64)]
+        return metrics, run.weights(), sum(None not in call.args for call in layers.call_args_list)
 
 
 @pytest.mark.parametrize(
