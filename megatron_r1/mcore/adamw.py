@@ -13,7 +13,7 @@ import torch
 class AdamW(torch.optim.Optimizer):
     """Decoupled weight decay (Loshchilov and Hutter), one fused call a param group.
 
-    `adam_w_mode` is there because Megatron passes it to fused optimizers; L2 decay is not offered.
+    `adam_w_mode` and `capturable` are there because Megatron passes them to fused optimizers; L2 decay and CUDA graphs are not offered.
     """
 
     def __init__(
@@ -25,8 +25,9 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
-        assert adam_w_mode, f"{adam_w_mode=}"
+        assert adam_w_mode and not capturable, f"{adam_w_mode=} {capturable=}"
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
 
     @torch.no_grad()

@@ -131,7 +131,19 @@ class GroupedAttention(SelfAttention):
         super().__init__(config, *args, **kwargs)
 
 
-class LatentAttention(MLASelfAttention):
+class SpecifiedLatentAttention(MLASelfAttention):
+    """MLA of the modules that its spec names.
+
+    Megatron-Core 0.19 chooses some of them anew: before queries that are not compressed it puts a norm, which no model here has,
+    and which the local layers cannot build.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
+
+class LatentAttention(SpecifiedLatentAttention):
     """MLA for the local layers, whose down projections are whole on every tensor-parallel rank.
 
     Megatron's divide them, and then lose gradient: all heads share the rotary part of the key, but each rank's part of

@@ -32,14 +32,14 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.utils import init_method_normal
 
 from megatron_r1.mcore import cpu
-from megatron_r1.mcore.attention import GroupedAttention, LatentAttention, PackedAttention
+from megatron_r1.mcore.attention import GroupedAttention, LatentAttention, PackedAttention, SpecifiedLatentAttention
 from megatron_r1.mcore.gpt import GroupedConfig, PolicyModel, ScoreHead
 from megatron_r1.mcore.norm import RMSNorm
 from megatron_r1.models import family, is_reward_model
 from megatron_r1.models.kernels import INSTALL, Kernels, Recompute, arguments, check_device, recompute_arguments
 from megatron_r1.parallel import Parallel
 
-ALWAYS: dict[Any, type[torch.nn.Module]] = {SelfAttention: GroupedAttention}
+ALWAYS: dict[Any, type[torch.nn.Module]] = {SelfAttention: GroupedAttention, MLASelfAttention: SpecifiedLatentAttention}
 NORMS = {WrappedTorchNorm: RMSNorm, FusedLayerNorm: RMSNorm}  # the second where there is Apex, whose norm is no RMSNorm
 LOCAL = ALWAYS | NORMS | {DotProductAttention: PackedAttention, MLASelfAttention: LatentAttention}
 

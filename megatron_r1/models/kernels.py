@@ -17,7 +17,7 @@ from megatron_r1.parallel import Parallel
 TransformerImpl = Literal["transformer_engine", "local"]
 Recompute = Literal["none", "selective", "full"]
 INSTALL = {
-    "transformer_engine": "pip install 'transformer-engine[pytorch]'",
+    "transformer_engine": "pip install --no-build-isolation 'transformer-engine[pytorch]==2.12.*'",
     "deep_ep": "build it from github.com/deepseek-ai/DeepEP",
     "deep_ep.hybrid_ep_buffer": "build DeepEP's branch hybrid-ep from github.com/deepseek-ai/DeepEP",
 }
