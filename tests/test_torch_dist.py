@@ -14,7 +14,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from megatron_r1.parallel import Parallel
-from megatron_r1.weights import plans, torch_dist_reader
+from megatron_r1.weights import plans, torch_dist, torch_dist_reader
 
 SIX = {
     "one rank": (1, {}),
@@ -125,12 +125,21 @@ def test_keys_and_shapes_are_those_that_megatron_saves(tmp_path):
     convert(plans.hf_to_megatron(tmp_path / "hf"), tmp_path / "ours")
     theirs = pickle.loads((tmp_path / "megatron" / ".metadata").read_bytes()).state_dict_metadata
     ours = pickle.loads((tmp_path / "ours" / "release" / ".metadata").read_bytes()).state_dict_metadata
-    assert not theirs.keys() - ours.keys()
+    assert not theirs.keys() - ours.keys() - {"common_state/shard_0_1"}, "newer cores keep there what is in common.pt"
     for key, entry in theirs.items():
         if hasattr(entry, "size"):
             assert (entry.size, entry.properties.dtype) == (ours[key].size, ours[key].properties.dtype), key
     te = {"decoder.layers.0.self_attention.linear_q_up_proj.layer_norm_weight", "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"}
     assert te <= ours.keys(), "the names of Transformer Engine's layers"
+
+
+def test_what_is_no_tensor_is_in_a_file_of_its_own_or_in_an_object(tmp_path: Path):
+    for name in (".metadata", "metadata.json"):
+        assert torch_dist.missing_file(tmp_path) == name
+        (tmp_path / name).write_bytes(b"")
+    assert torch_dist.missing_file(tmp_path) == "common.pt"
+    (tmp_path / ".metadata").write_bytes(b"common_state/shard_0_1")
+    assert torch_dist.missing_file(tmp_path) is None
 
 
 def test_looking_for_the_values_of_a_tensor_keeps_nothing(tmp_path: Path):

@@ -29,6 +29,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_r1.mcore.policy import Policy
 from megatron_r1.mcore.reference import Reference
+from megatron_r1.weights.torch_dist import missing_file
 
 LATEST = "latest"
 ABOUT = "policy.json"  # ours, in each folder; Megatron's own metadata.json says that its part is complete
@@ -147,9 +148,8 @@ def load(policy: Policy, path: str | Path) -> Tree:
 
 
 def _about(policy: Policy, path: Path) -> Tree:
-    for name in (ABOUT, "metadata.json", ".metadata", "common.pt"):
-        if not (path / name).is_file():
-            raise ValueError(f"{path}: not a complete checkpoint, {name} is missing; resume from another one")
+    if name := missing_file(path) if (path / ABOUT).is_file() else ABOUT:
+        raise ValueError(f"{path}: not a complete checkpoint, {name} is missing; resume from another one")
     try:
         about = json.loads((path / ABOUT).read_text())
     except json.JSONDecodeError:

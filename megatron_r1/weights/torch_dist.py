@@ -27,6 +27,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,14 @@ SPELLINGS = (
     (".transformer_layer.", ".mtp_model_layer."),
 )
 LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+
+
+def missing_file(folder: Path) -> str | None:
+    """The file without which this is no whole checkpoint. What is no tensor is in common.pt; newer cores keep it in an object."""
+    for name in (".metadata", "metadata.json", "common.pt"):
+        if not (folder / name).is_file() and (name != "common.pt" or b"common_state" not in (folder / ".metadata").read_bytes()):
+            return name
+    return None
 
 
 @dataclass(frozen=True)

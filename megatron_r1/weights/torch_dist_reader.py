@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_r1.weights.rules import Rule
 from megatron_r1.weights.streams import Files, row_bytes
-from megatron_r1.weights.torch_dist import RELEASE, Address, Addresses
+from megatron_r1.weights.torch_dist import RELEASE, Address, Addresses, missing_file
 
 
 class Checkpoint:
@@ -29,9 +29,8 @@ class Checkpoint:
     def __init__(self, folder: Path, files: Files) -> None:
         self.folder = folder / RELEASE if (folder / RELEASE).is_dir() else folder
         self._files = files
-        for name in (".metadata", "metadata.json", "common.pt"):
-            if not (self.folder / name).is_file():
-                raise ValueError(f"{self.folder}: not a whole torch_dist checkpoint, {name} is missing; write or copy it again")
+        if name := missing_file(self.folder):
+            raise ValueError(f"{self.folder}: not a whole torch_dist checkpoint, {name} is missing; write or copy it again")
         try:
             self._metadata: Metadata = pickle.loads((self.folder / ".metadata").read_bytes())
         except (pickle.UnpicklingError, EOFError, AttributeError):
