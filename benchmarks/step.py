@@ -1,9 +1,9 @@
 """`python -m benchmarks.step`: seconds a phase of one GRPO step, and the train step against a bare Megatron-Core loop.
 
 The GRPO step is the program's own (`python -m megatron_r1 grpo`): 32 problems x 16 completions of about 46 tokens on tiny_v3, two
-trainer ranks with expert parallel 2, one vLLM server, old and reference log-probs, two optimizer steps. The bare loop is Megatron's
-model, DDP, schedule and optimizer with a cross-entropy loss written here, on the same tokens and ranks; the two alternate, for the
-load of a shared machine falls on both. Last line: JSON of the medians.
+trainer ranks with expert parallel 2, two vLLM servers as in the demo, old and reference log-probs, two optimizer steps. The bare loop is
+Megatron's model, DDP, schedule and optimizer with a cross-entropy loss written here, on the same tokens and ranks; the two alternate,
+for the load of a shared machine falls on both. Last line: JSON of the medians.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ model = {{ path = "{CONFIG}", init = "random" }}
 parallel = {{ world_size = {RANKS}, expert_model_parallel_size = {RANKS} }}
 data = {{ reasoning_gym = "chain_sum", prompt_key = "expression", size = 400 }}
 batch = {{ problems = 32, completions = 16, minibatches = 2, chunk_tokens = 8192 }}
-rollout = {{ max_prompt_tokens = 64 }}
+rollout = {{ servers = 2, max_prompt_tokens = 64 }}
 sampling = {{ max_tokens = 50 }}
 checkpoint = {{ every = 0, export = false, resume = false }}
 """

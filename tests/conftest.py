@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -47,6 +49,13 @@ def server(tmp_path_factory) -> Iterator[RealServer]:
     finally:
         engine.close()
         process.stop()
+
+
+@pytest.fixture(scope="module")
+def in_engine() -> Iterator[Callable[..., Any]]:
+    """`in_engine(function, ...)`: what the function returns in a process that may import vLLM."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        yield lambda function, *args, **options: process.submit(function, *args, **options).result(120)
 
 
 @pytest.fixture(scope="module")

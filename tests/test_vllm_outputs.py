@@ -5,21 +5,9 @@ The functions that make outputs run in a process of their own, for pytest's neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def in_engine() -> Iterator[Callable[..., Any]]:
-    """`in_engine(function, ...)`: what the function returns in a process that may import vLLM."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        yield lambda function, *args, **options: process.submit(function, *args, **options).result(120)
-
 
 Packet = tuple[int, list[int], list[float] | None]  # the step at which it leaves, tokens, log-probs
 

@@ -34,6 +34,8 @@ def main() -> None:
         from vllm.utils import system_utils
 
         from megatron_r1 import gloo
+        from megatron_r1.rollout import vllm_answers
+    vllm_answers.install()
     if is_cpu_build():
         # vLLM spawns its engine where OpenMP may have threads; here it has one, and a fork need not import vLLM once more (10 s of CPU)
         system_utils.get_mp_context = partial(multiprocessing.get_context, "fork")
