@@ -17,20 +17,26 @@ ANSWER = {
 
 
 def before_and_after() -> list[dict[str, Any]]:
-    """By stock vLLM and then by ours: log-probs for each number of best tokens asked for, and what is written."""
+    """By stock vLLM and then by ours: log-probs for each number of best tokens asked for, flat or not, and what is written."""
+    import numpy as np
     from starlette.responses import JSONResponse
     from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
-    from vllm.logprobs import Logprob
+    from vllm.logprobs import create_sample_logprobs
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+    from vllm.v1.outputs import LogprobsLists
 
     from megatron_r1.rollout import vllm_answers
 
-    tokens = [5, 7, 9, 3]
-    found = [
-        {5: Logprob(-0.5, rank=2), 1: Logprob(-0.1, rank=1)},
-        {7: Logprob(-float("inf"), rank=3)},
-        {9: Logprob(float("nan"), rank=0)},
-        None,
-    ]
+    tokens, best = np.array([[5, 1, 2], [7, 1, 2], [9, 1, 2]]), np.array([-0.1, -0.2])
+    sampled = np.array([-0.5, -np.inf, np.nan])
+    packet = LogprobsLists(tokens, np.column_stack([sampled, np.tile(best, (3, 1))]), np.array([3, 7, 0]))
+
+    def asked(n: int, *, flat: bool) -> list[dict[str, Any]]:
+        processor = LogprobsProcessor(None, create_sample_logprobs(flat), None, 0.0, n, None)
+        for _ in range(2):  # a request's tokens come in several packets
+            processor._update_sample_logprobs(packet)
+        content = ServingTokens._create_tokens_logprobs(None, tokens[:, 0].tolist() * 2, processor.logprobs, n)
+        return content.model_dump()["content"]
 
     def refusal(content: dict[str, Any]) -> str:
         with pytest.raises(ValueError) as error:
@@ -39,7 +45,7 @@ def before_and_after() -> list[dict[str, Any]]:
 
     def everything() -> dict[str, Any]:
         return {
-            "logprobs": {n: ServingTokens._create_tokens_logprobs(None, tokens, found, n).model_dump()["content"] for n in (0, 2, None)},
+            "logprobs": {(n, flat): asked(n, flat=flat) for n in (0, 2) for flat in (False, True)},
             "written": [JSONResponse(content).body for content in (ANSWER, {"error": "no"}, [1.5])],
             "refused": refusal(ANSWER | {"prompt_logprobs": [{"5": float("nan")}]}),
         }
@@ -56,16 +62,16 @@ def answers(in_engine) -> list[dict[str, Any]]:
 
 
 def test_each_sampled_tokens_logprob_is_there_once(answers):
-    stock, ours = (answer["logprobs"][0] for answer in answers)
+    stock, ours = (answer["logprobs"][0, True] for answer in answers)
     assert stock[0]["top_logprobs"], "stock vLLM no longer repeats the sampled token: vllm_answers.py is not needed"
     assert ours == [token | {"top_logprobs": []} for token in stock]
-    assert [token["logprob"] for token in ours] == [-0.5, -9999.0, -9999.0, -9999.0]
+    assert [(token["token_id"], token["logprob"]) for token in ours] == 2 * [(5, -0.5), (7, -9999.0), (9, -9999.0)]
 
 
-def test_asked_for_others_the_answer_is_stock(answers):
-    stock, ours = (answer["logprobs"] for answer in answers)
-    assert ours[2] == stock[2] and len(ours[2][0]["top_logprobs"]) == 2
-    assert ours[None] == stock[None]
+@pytest.mark.parametrize(("best", "flat"), [(0, False), (2, False), (2, True)], ids=["in objects", "best", "best, flat"])
+def test_asked_for_in_another_way_the_answer_is_stock(answers, best, flat):
+    stock, ours = (answer["logprobs"][best, flat] for answer in answers)
+    assert ours == stock and len(ours) == 6
 
 
 def test_what_is_written_reads_the_same(answers):

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import httpx
+import msgspec
 
 from megatron_r1.rollout.engine import EngineError
 
@@ -86,7 +87,7 @@ class Servers:
             raise ServerDown(f"{url}: the engine is dead (HTTP {reply.status_code} at {path}); see the server's log")
         if reply.status_code != 200:
             raise Refused(f"{url}{path}: HTTP {reply.status_code}: {reason(reply)}", status=reply.status_code)
-        return json.loads(reply.content) if reply.content else {}
+        return msgspec.json.decode(reply.content) if reply.content else {}  # 4 times as fast as json's
 
     async def healthy(self, url: str) -> bool:
         try:

@@ -21,6 +21,7 @@ def body(request: Request, sampling: SamplingParams) -> dict[str, Any]:
         "ignore_eos": True,  # config.json's own is no stop unless it is among these
         "seed": request.seed,
         "logprobs": 0,  # of the sampled token alone
+        "flat_logprobs": True,  # held as lists of numbers; vllm_answers.py
         "detokenize": False,
     }
     return {"token_ids": list(request.token_ids), "sampling_params": params}
