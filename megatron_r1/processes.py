@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 # Below those that the kernel gives to outgoing connections: such a one could take the port between this look and its use.
 PORTS = range(30000, 32768)
+MARKS: list[socket.socket] = []  # of the ports given away, open as long as this process lives
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 
@@ -28,17 +29,25 @@ def importing() -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now, at no address of this machine."""
+    """A TCP port that nothing listens on now, at no address of this machine, and that no other call is given while this process lives.
+
+    A server listens seconds after it is given its port, and vLLM's lets a second one listen on the same (SO_REUSEPORT).
+    Raises ValueError if there is none.
+    """
     draw = random.SystemRandom()  # other processes of this machine draw too, and a seeded run must not draw as they do
-    while True:
-        port = draw.choice(PORTS)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what is left of ended connections is no hindrance
-            try:
+    for port in draw.sample(PORTS, len(PORTS)):
+        mark = socket.socket(socket.AF_UNIX)
+        try:
+            mark.bind(f"\0megatron_r1 port {port}")  # no file: the kernel forgets the name with the process
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what is left of ended connections is no hindrance
                 probe.bind(("", port))
-                return port
-            except OSError:
-                continue
+        except OSError:
+            mark.close()
+            continue
+        MARKS.append(mark)
+        return port
+    raise ValueError(f"ports {PORTS[0]} to {PORTS[-1]}: none is free; end some of the processes that listen there")
 
 
 def die_with_parent(how: int = signal.SIGTERM) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from processes import is_soon, running
 
 from megatron_r1.processes import PORTS, free_port
@@ -22,10 +23,29 @@ def test_a_port_that_is_listened_on_is_not_free(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        other = free_port()
-        drawn = iter([taken.getsockname()[1], other])
-        monkeypatch.setattr("random.SystemRandom.choice", lambda self, ports: next(drawn))
-        assert free_port() == other
+        monkeypatch.setattr("megatron_r1.processes.PORTS", [taken.getsockname()[1]])
+        with pytest.raises(ValueError, match=r"^ports .*: none is free; end some of the processes that listen there$"):
+            free_port()
+
+
+def drawn_elsewhere(ports: list[int] | None = None) -> subprocess.CompletedProcess[str]:
+    """A draw by another process, of all ports or of these."""
+    code = f"from megatron_r1 import processes; processes.PORTS = {ports} or processes.PORTS; print(processes.free_port())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_a_port_is_given_away_once_though_nothing_listens_there_yet(monkeypatch):
+    port = free_port()
+    monkeypatch.setattr("megatron_r1.processes.PORTS", [port])
+    with pytest.raises(ValueError, match="none is free"):
+        free_port()
+    assert "none is free" in drawn_elsewhere([port]).stderr
+
+
+def test_a_port_is_free_again_when_the_process_has_ended_that_it_was_given_to(monkeypatch):
+    port = int(drawn_elsewhere().stdout)
+    monkeypatch.setattr("megatron_r1.processes.PORTS", [port])
+    assert free_port() == port
 
 
 def test_a_child_ends_with_its_parent():

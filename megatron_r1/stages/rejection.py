@@ -65,7 +65,7 @@ def main(config: RejectionConfig) -> None:
                 add(config, output, problem=problem, drawn=drawn)
                 advance(1)
                 is_last = output.problems == total
-                if is_last or output.problems % config.logging.console_every == 0:
+                if is_last or (drawn and output.problems % config.logging.console_every == 0):  # thousands may be skipped in a second
                     metrics.log(output.problems, {**record(output, by_source=is_last), "time/rollout": watch.record()["time/step"]})
                     watch = Stopwatch()
         conclude(folder, output, total)
