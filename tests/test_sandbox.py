@@ -270,7 +270,9 @@ def test_a_user_without_rights_gets_the_same_sandbox(tmp_path: Path):
         pytest.skip("no Python outside root's home")
     source, needed = ((ROOT / "megatron_r1" / name).read_text() for name in ("verifying/sandbox.py", "processes.py"))
     needed = needed.replace("from __future__ import annotations\n", "")
-    source = source.replace("from megatron_r1.processes import die_with_parent\n", needed)  # nobody may not read this folder
+    imported = "from megatron_r1.processes import descendants, die_with_parent, end_namespace\n"
+    assert imported in source
+    source = source.replace(imported, needed)  # nobody may not read this folder
     code = "\nfor text in ('import os; print(os.getuid(), os.listdir(\"/tmp\"))', 'import os\\nwhile True: os.fork()'):\n"
     code += "    r = run([*PYTHON, '-c', text], limits=Limits(seconds=60.0)); print(r.stdout.strip(), r.stopped, *r.stderr.splitlines())\n"
     as_nobody = ["/usr/bin/setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", "/usr/bin/python3", "-I", "-"]

@@ -23,13 +23,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-from megatron_r1.processes import die_with_parent
+from megatron_r1.processes import descendants, die_with_parent, end_namespace
 
 # This interpreter without the caller's packages, variables and current folder; `command` usually begins with it.
 PYTHON = (os.path.realpath(sys.executable), "-I", "-B", "-X", "utf8")
@@ -198,6 +198,8 @@ def _supervise(
                 _exchange(selector, process)
                 stopped = _exceeded(process.pid, len(stdout) + len(stderr), limits=limits, start=start, own_processes=own_processes)
         finally:
+            if own_processes:
+                end_namespace(process.pid)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -241,23 +243,12 @@ def _exceeded(pid: int, written: int, *, limits: Limits, start: float, own_proce
     if written > limits.output_bytes:
         return "output_bytes"
     resident = 0
-    for count, one in enumerate(_descendants(pid), 1):
+    for count, one in enumerate(descendants(pid), 1):
         with suppress(OSError):
             resident += PAGE_BYTES * int(Path(f"/proc/{one}/statm").read_text().split()[1])
         if count > limits.processes + own_processes:
             return "processes"
     return "memory_bytes" if resident > limits.memory_bytes else ""
-
-
-def _descendants(pid: int) -> Iterator[int]:
-    """The process and all beneath it; one that ends meanwhile is skipped."""
-    waiting = [pid]
-    while waiting:
-        one = waiting.pop()
-        yield one
-        with suppress(OSError):
-            for thread in os.listdir(f"/proc/{one}/task"):
-                waiting += map(int, Path(f"/proc/{one}/task/{thread}/children").read_text().split())
 
 
 def _memory_file(text: str, stack: ExitStack) -> int:
