@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import is_soon, running
 
-from megatron_r1.processes import PORTS, free_port
+from megatron_r1.processes import PORTS, end_namespace, free_port
 
 
 def test_a_free_port_is_none_that_the_kernel_may_give_away_meanwhile():
@@ -60,3 +60,12 @@ def test_a_child_ends_with_its_parent():
         parent.kill()
         parent.wait()
     assert is_soon(lambda: not running(mark))
+
+
+def test_the_end_of_a_namespace_kills_what_is_its_first_process_and_not_who_waits_for_it():
+    code = "import subprocess; child = subprocess.Popen(['sleep', '1000']); print('up', flush=True); print(child.wait())"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stdout.readline() == "up\n"
+        end_namespace(waiting.pid)
+        assert waiting.communicate(timeout=60)[0] == "-9\n"
+    end_namespace(waiting.pid)  # nothing to do once it has ended
