@@ -134,6 +134,11 @@ class Run:
         files = [self.folder / f"{job}.out"] if job else sorted(self.folder.glob("*.out"), key=lambda f: int(f.stem))
         return "".join(f.read_text() for f in files if f.is_file())
 
+    def hosts(self, job: str) -> list[str]:
+        """The nodes that a job had."""
+        nodes = re.search(r"^ +NodeList=(\S+)", self.cluster.run("scontrol", "show", "job", job), re.MULTILINE)[1]
+        return self.cluster.run("scontrol", "show", "hostnames", nodes).split()
+
     def nodes(self, job: str) -> dict[str, list[str]]:
         """What a job's nodes are for: train, rollout, spare."""
         line = self.cluster.wait(lambda: re.search(r"train (.*) \| rollout (.*) \| spare(.*)", self.output(job)), f"the start of job {job}")
