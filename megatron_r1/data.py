@@ -1,4 +1,4 @@
-"""Problems and conversations from JSONL files, Hugging Face data sets and reasoning-gym; a shuffled, resumable cursor over them."""
+"""Problems from JSONL files, Hugging Face data sets and reasoning-gym; a shuffled, resumable cursor over them, or over anything."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from megatron_r1.layouts import LAYOUTS
-from megatron_r1.problem import Conversation, Problem
+from megatron_r1.problem import Problem
 
 Item = TypeVar("Item")
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -91,21 +90,6 @@ def stream_problems(
         raise ValueError(f"data.{names[0]} = {name!r}: holds no problems")
 
 
-def load_conversations(path: str, *, size: int | None = None) -> list[Conversation]:
-    """Conversations of a JSONL file: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]} a line.
-
-    Raises ValueError with file and line for anything else.
-    """
-    conversations = []
-    for where, row in jsonl_rows(path):
-        conversations.append(Conversation(tuple(_messages(row, where=where))))
-        if len(conversations) == size:
-            break
-    if not conversations:
-        raise ValueError(f"{path}: holds no conversations")
-    return conversations
-
-
 def split_held_out(problems: Sequence[Problem], count: int, *, seed: int) -> tuple[list[Problem], list[Problem]]:
     """(problems to train on, `count` held-out ones), chosen by seed; both in their original order."""
     if count >= len(problems):
@@ -166,20 +150,33 @@ class Dataset(Generic[Item]):
 
 def jsonl_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", object) of every line that is not blank."""
+    for _, number, row in jsonl_lines(path):
+        yield f"{path}:{number}", row
+
+
+def jsonl_lines(path: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(bytes before the line, its number, object) of every line that is not blank."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such file; give the path of a JSONL file")
-    with open(path, encoding="utf-8") as lines:
+    start = 0
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line.rstrip())
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: a JSON {type(row).__name__}; write one object a line")
-            yield where, row
+            if line.strip():
+                yield start, number, jsonl_row(line, where=f"{path}:{number}")
+            start += len(line)
+
+
+def jsonl_row(line: bytes, *, where: str) -> dict[str, Any]:
+    """The object of one line."""
+    try:
+        row = json.loads(line.rstrip().decode())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1}); write it in UTF-8") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a JSON {type(row).__name__}; write one object a line")
+    return row
 
 
 def _huggingface_rows(name: str, *, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -235,15 +232,3 @@ def _text(row: dict[str, Any], key: str, *, where: str, setting: str) -> str:
         found = f"{key!r} is {value!r}" if key in row else f"no {key!r} among {', '.join(map(repr, row)) or 'no keys'}"
         raise ValueError(f"{where}: {found}; it must be text (the key is set by {setting})")
     return value
-
-
-def _messages(row: dict[str, Any], *, where: str) -> list[dict[str, str]]:
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f'{where}: no list of "messages"; write {{"messages": [{{"role": "user", "content": "..."}}, ...]}}')
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-            raise ValueError(f"{where}: message {number} is {message!r:.80}; it needs a role ({', '.join(ROLES)}) and a text content")
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: ends with a {messages[-1]['role']} message; end with the assistant's, it is what is learned")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]

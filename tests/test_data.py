@@ -9,6 +9,7 @@ import datasets
 import pytest
 
 from megatron_r1 import data
+from megatron_r1.conversations import Conversations
 from megatron_r1.problem import Conversation, Problem
 
 ADDITION = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2, "operators": ["+"], "allow_parentheses": False}
@@ -87,7 +88,7 @@ def test_an_empty_file_is_an_error(tmp_path: Path):
     with pytest.raises(ValueError, match="holds no problems"):
         data.load_problems(jsonl=path)
     with pytest.raises(ValueError, match="holds no conversations"):
-        data.load_conversations(path)
+        Conversations(path)
 
 
 def test_hugging_face_data_sets_load_from_disk_and_from_data_files(tmp_path: Path):
@@ -117,7 +118,7 @@ def test_procedural_problems_are_the_same_each_time_and_never_repeat():
 def test_conversations_must_end_with_the_assistant_and_have_known_roles(tmp_path: Path):
     good = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
     path = write(tmp_path / "c.jsonl", {"messages": good})
-    assert data.load_conversations(path) == [Conversation(tuple(good))]
+    assert list(Conversations(path)) == [Conversation(tuple(good))]
     for messages, message in (
         ([], 'no list of "messages"'),
         (good[:1], "ends with a user message"),
@@ -127,7 +128,7 @@ def test_conversations_must_end_with_the_assistant_and_have_known_roles(tmp_path
     ):
         write(tmp_path / "c.jsonl", {"messages": good}, {"messages": messages})
         with pytest.raises(ValueError, match=r"c\.jsonl:2: .*" + message):
-            data.load_conversations(path)
+            Conversations(path)
 
 
 def problems(count: int) -> list[Problem]:

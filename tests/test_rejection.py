@@ -22,6 +22,7 @@ from megatron_r1 import data
 from megatron_r1.__main__ import main as command
 from megatron_r1.chat import Chat
 from megatron_r1.config_stages import RejectionConfig
+from megatron_r1.conversations import Conversations
 from megatron_r1.problem import Problem
 from megatron_r1.stages import rejection
 
@@ -131,7 +132,7 @@ def test_what_is_correct_and_readable_is_kept_with_where_it_comes_from(site: Sit
     assert seed in seeds["What is 1 + 1?"]
     assert len({seed for used in seeds.values() for seed in used}) == 24
     assert site.all() == {"problems": 6, "solved": 6, "samples": 24, "kept": 6, "kept_tokens": 66, "wrong": 12, "code_block": 6}
-    conversations = data.load_conversations(str(site.root / "run" / rejection.OUTPUT))
+    conversations = Conversations(str(site.root / "run" / rejection.OUTPUT))
     assert [list(c.messages) for c in conversations] == [line["messages"] for line in lines]
     assert (site.root / "run" / "done").read_text() == "6\n"
 
@@ -141,7 +142,7 @@ def test_a_student_with_another_tokenizer_learns_what_its_teacher_wrote(site: Si
     sums = "Sum: 1 + 1 = 2, \u6240\u4ee5 2."
     teacher = site.serve(lambda text, body: said("The answer is \\boxed{2}.", reasoning_content=sums))
     rejection.main(site.config(teacher.url, "filters.min_language_share=0.2", problems=2))
-    [conversation] = data.load_conversations(str(site.root / "run" / rejection.OUTPUT))
+    [conversation] = Conversations(str(site.root / "run" / rejection.OUTPUT))
     student = Chat(TINY, chat_template=R1)
     sequence = student.sequence(conversation)
     learned = [i for i, mask in zip(sequence.ids, sequence.learned, strict=True) if mask]
@@ -365,6 +366,6 @@ def test_a_real_server_samples_from_the_folders_own_weights_with_the_named_templ
     same = 0
     prompts = [chat.prompt_ids(Problem(0, line["prompt"], "")) for line in lines]
     for line, expected in zip(lines, likeliest(folder, prompts, tokens=64), strict=True):
-        same += line["messages"][1]["content"] == chat.text(expected).strip() and line["tokens"] == len(expected) + 1
+        same += line["messages"][1]["content"] == chat.completion(expected).strip() and line["tokens"] == len(expected) + 1
         assert line["sampler"]["model"] == str(folder)
     assert same >= 3, "near-ties of the router part many of so random a model; other weights or another template would part all"
