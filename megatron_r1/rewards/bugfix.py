@@ -71,15 +71,16 @@ def changed(files: Mapping[str, str], completion: str) -> dict[str, str]:
     """The files with the completion's changes. Raises DoesNotApply for none, or one to a file that does not exist."""
     new, is_changed = dict(files), False
     for block in code_blocks(completion):
+        is_named = len(block.info) >= 2
+        path = block.info[-1] if is_named else next(iter(files)) if len(files) == 1 else None
         if block.info[:1] in (("diff",), ("patch",)):
             new = patches.apply(new, block.text)
-        elif len(block.info) >= 2 or len(files) == 1:
-            path = block.info[-1] if len(block.info) >= 2 else next(iter(files))
-            if path not in files:
-                raise patches.DoesNotApply(f"no file {path!r}")
+        elif path in files and (is_named or block.is_python):
             new[path] = block.text
+        elif is_named and block.is_python:
+            raise patches.DoesNotApply(f"no file {path!r}")
         else:
-            continue
+            continue  # a command, or what one prints
         is_changed = True
     if not is_changed:
         raise patches.DoesNotApply("no changes")

@@ -19,8 +19,6 @@ from megatron_r1.problem import Problem
 from megatron_r1.verifying import assertions, sandbox
 from megatron_r1.verifying.completion import code_blocks
 
-PYTHON = ("python", "python3", "py")
-
 
 @dataclass(frozen=True)
 class Tests:
@@ -68,9 +66,7 @@ def check(*, unsafe: bool = False, **_: Any) -> None:
 def last_program(completion: str) -> str | None:
     """The last fenced block, if it is Python or does not say what it is."""
     blocks = code_blocks(completion)
-    if not blocks or (blocks[-1].info and blocks[-1].info[0].lower() not in PYTHON):
-        return None
-    return blocks[-1].text
+    return blocks[-1].text if blocks and blocks[-1].is_python else None
 
 
 @lru_cache(maxsize=256)

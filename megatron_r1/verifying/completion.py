@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+PYTHON = ("python", "python3", "py")
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 FENCED = re.compile(r"(?:^|<answer>)[ \t]*(`{3,})([^\n`]*)\n(.*?)^[ \t]*\1[ \t]*(?=$|</answer>)", re.DOTALL | re.MULTILINE)
 
@@ -15,6 +16,11 @@ class Block:
 
     info: tuple[str, ...]  # the words after the opening fence, the language first
     text: str
+
+    @property
+    def is_python(self) -> bool:
+        """Whether it says so, or does not say what it is."""
+        return not self.info or self.info[0].lower() in PYTHON
 
 
 def conclusion(completion: str) -> str | None:
