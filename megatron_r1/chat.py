@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import jinja2
@@ -41,9 +42,27 @@ class Chat:
             )
         self.eos_id: int = self.tokenizer.eos_token_id
 
+    @cached_property
+    def opened(self) -> str:
+        """The tag with which the template's prompt begins the reasoning, as R1's does; "" where it leaves that to the model."""
+        prompt = self._render([{"role": "user", "content": "."}], is_open=True)
+        return next((tag for tag in ("<think>\n", "<think>") if prompt.endswith(tag)), "")
+
     def prompt_ids(self, problem: Problem) -> list[int]:
         """What the model is given to answer the problem, up to where the assistant begins."""
         return self._ids(self._render([{"role": "user", "content": problem.prompt}], is_open=True))
+
+    def check_prompts(self, problems: Sequence[Problem], *, limit: int) -> None:
+        """ValueError for the first problem with a prompt of more than `limit` tokens, which would leave its answers too little room."""
+        around = len(self.prompt_ids(Problem(id=0, prompt=".", answer="")))
+        for problem in problems:
+            if len(problem.prompt.encode()) + around <= limit:
+                continue  # no token is less than a byte
+            if (length := len(self.prompt_ids(problem))) > limit:
+                raise ValueError(
+                    f"rollout.max_prompt_tokens = {limit}: problem {problem.id} ({problem.prompt!r:.40}) is a prompt of {length} tokens; "
+                    "raise it, or leave that problem out"
+                )
 
     def sequence(self, conversation: Conversation) -> TokenSequence:
         """The conversation's tokens; learned are those the assistant writes, its end token included.
@@ -96,9 +115,9 @@ class Chat:
                 )
         return self._ids(text)
 
-    def text(self, ids: Sequence[int]) -> str:
-        """A completion as rewards read it: without special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+    def completion(self, ids: Sequence[int]) -> str:
+        """A completion as rewards read it: without special tokens, and from `<think>` on where the prompt has written that."""
+        return self.opened + self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -116,12 +116,12 @@ def check_data(config: StageConfig) -> None:
 
 def check_rollout(config: StageConfig, hf: dict[str, Any]) -> None:
     """The lengths fit the model, the transfer backend exists on this device, and every url is one."""
-    r, s = config.rollout, config.sampling
-    longest = max([s.max_tokens, *(tokens for _, tokens in s.max_tokens_schedule)])
+    r, longest = config.rollout, config.longest_completion
+    setting = "sampling.max_tokens" if longest == config.longest_sampled else "evaluation.max_tokens"
     limit = hf.get("max_position_embeddings", longest + r.max_prompt_tokens)
     if config.needs_rollouts and longest + r.max_prompt_tokens > limit:
         raise ValueError(
-            f"sampling.max_tokens + rollout.max_prompt_tokens = {longest} + {r.max_prompt_tokens}: "
+            f"{setting} + rollout.max_prompt_tokens = {longest} + {r.max_prompt_tokens}: "
             f"more than the model's max_position_embeddings ({limit}); lower one of them"
         )
     if r.weight_transfer in ("nccl", "ipc") and not has_gpu():
@@ -198,6 +198,9 @@ def check_batch(config: GRPOConfig) -> None:
         raise ValueError(f"batch.problems = {b.problems}: fewer than the {dp} data-parallel ranks; raise it or lower parallel.world_size")
     if b.problems * b.completions // b.minibatches < dp:
         raise ValueError(f"batch.minibatches = {b.minibatches}: leaves fewer outputs a step than the {dp} data-parallel ranks; lower it")
-    longest = max([config.sampling.max_tokens, *(tokens for _, tokens in config.sampling.max_tokens_schedule)])
+    longest = config.longest_sampled + config.rollout.max_prompt_tokens
     if b.chunk_tokens < longest:
-        raise ValueError(f"batch.chunk_tokens = {b.chunk_tokens}: shorter than sampling.max_tokens, up to {longest}; raise it")
+        raise ValueError(
+            f"batch.chunk_tokens = {b.chunk_tokens}: a prompt and its completion have up to {longest} tokens "
+            "(rollout.max_prompt_tokens + sampling.max_tokens); raise it"
+        )

@@ -60,6 +60,16 @@ class StageConfig(Section):
         """Whether the servers load the folder's weights, as no trainer sends them any."""
         return False
 
+    @property
+    def longest_completion(self) -> int:
+        """Tokens of the longest completion that servers are asked for."""
+        return max(self.longest_sampled, self.evaluation.max_tokens or 0)
+
+    @property
+    def longest_sampled(self) -> int:
+        """Tokens of the longest completion outside of evaluation."""
+        return max([self.sampling.max_tokens, *(tokens for _, tokens in self.sampling.max_tokens_schedule)])
+
     @model_validator(mode="after")
     def _pass_at_fits(self) -> StageConfig:
         for k in self.evaluation.pass_at:
@@ -129,6 +139,10 @@ class EvalConfig(ServedConfig):
     """A model as it is, on the held-out problems of [data], or on all of them where none are held out."""
 
     evaluation: BenchmarkEvaluation = BenchmarkEvaluation()
+
+    @property
+    def longest_completion(self) -> int:
+        return self.evaluation.max_tokens or self.sampling.max_tokens
 
     @model_validator(mode="after")
     def _has_weights(self) -> EvalConfig:

@@ -150,7 +150,8 @@ class Batch(Section):
     completions: Count = 16  # G, outputs a question
     minibatches: Count = 16  # optimizer steps a rollout
     inner_epochs: Count = 1
-    chunk_tokens: Count = 32_768  # packed tokens of one microbatch, on all ranks of a context-parallel group together
+    # packed tokens of one microbatch, on all ranks of a context-parallel group together; holds the longest prompt and completion
+    chunk_tokens: Count = 34_816
     # DAPO's (arXiv 2503.14476) treatment of a rollout; R1 has none of it
     dynamic_sampling: NonNegative = 0  # rollouts more, at most, that replace groups of equal rewards by others; 0 = off
     overlong_tokens: NonNegative = 0  # the reward falls by up to 1 over the last so many tokens before the limit; 0 = off

@@ -71,14 +71,13 @@ class Servers:
 
     def command(self, config: StageConfig, port: int) -> tuple[list[str], dict[str, str]]:
         """The command line and environment of the one at a port."""
-        r, s = config.rollout, config.sampling
-        longest = max([s.max_tokens, *(tokens for _, tokens in s.max_tokens_schedule)])
+        r = config.rollout
         flags = model_flags(quantization=r.quantization, head_dtype=config.kernels.head_dtype) + placement_flags(r.placement)
         return server_command(
             config.model.path,
             port=port,
             dtype=config.model.dtype,
-            max_model_len=longest + r.max_prompt_tokens,
+            max_model_len=config.longest_completion + r.max_prompt_tokens,
             max_num_seqs=r.max_num_seqs,
             kv_cache_bytes=r.kv_cache_mib << 20,
             tensor_parallel_size=r.tensor_parallel_size,

@@ -42,6 +42,10 @@ class Mixture:
         self.reasoning, self.general = reasoning, general
         self.general_count, self.from_step = general_count, from_step
 
+    def all(self) -> list[Problem]:
+        """Every problem that may come."""
+        return [*self.reasoning.items, *(self.general.items if self.general is not None else ())]
+
     def take(self, count: int, *, step: int) -> list[Problem]:
         """The batch of `count` that is trained on from optimizer step `step` on."""
         if self.general is None or step < self.from_step:

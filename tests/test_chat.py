@@ -42,7 +42,7 @@ def test_digits_tags_and_operators_are_one_token_each_and_any_text_survives():
     text = "<think>3+5=8\n</think><answer>\u4e2d\u6587 caf\u00e9 - 1</answer>"
     ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids.count(chat.tokenizer.convert_tokens_to_ids("<think>")) == 1
-    assert chat.text([*ids, chat.eos_id]) == text
+    assert chat.completion([*ids, chat.eos_id]) == text
     config = json.loads((TINY / "config.json").read_text())
     assert len(chat.tokenizer) <= config["vocab_size"]
     assert config["vocab_size"] % 64 == 0
@@ -64,6 +64,15 @@ def test_a_conversation_begins_with_the_prompt_a_rollout_would_be_given():
         sequence = chat.sequence(conversation(("user", "1+1"), ("assistant", "2")))
         assert sequence.ids[: len(prompt)] == prompt
         assert sequence.learned == [0] * len(prompt) + [1, 1]
+
+
+def test_a_prompt_that_is_too_long_is_a_one_line_error_that_names_its_problem():
+    chat = Chat(TINY)
+    problems = [Problem(6, "1+1", "2"), Problem(7, "1+" * 20 + "1", "21")]
+    longest = len(chat.prompt_ids(problems[1]))
+    chat.check_prompts(problems, limit=longest)
+    with pytest.raises(ValueError, match=rf"rollout.max_prompt_tokens = {longest - 1}: problem 7 .* of {longest} tokens; raise it"):
+        chat.check_prompts(problems, limit=longest - 1)
 
 
 def test_a_line_break_after_the_end_token_is_not_learned(tmp_path: Path):

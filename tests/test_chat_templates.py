@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from megatron_r1 import chat_templates
 from megatron_r1.chat import Chat
 from megatron_r1.problem import Conversation, Problem
+from megatron_r1.rewards import accuracy
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "configs" / "models" / "tiny_v3"
@@ -66,6 +67,16 @@ def test_r1_prompts_with_v3s_tokens_and_opens_the_reasoning(v3: Path):
     ids = chat.prompt_ids(Problem(0, "1+1", "2"))
     assert chat.tokenizer.decode(ids) == f"{BEGIN}{USER}1+1{ASSISTANT}<think>\n"
     assert [chat.tokenizer.convert_ids_to_tokens(ids)[i] for i in (0, 1, 5)] == [BEGIN, USER, ASSISTANT]
+
+
+def test_a_completion_is_read_with_the_tag_that_the_prompt_has_opened_so_unfinished_reasoning_answers_nothing(v3: Path):
+    one = Problem(0, "1+1", "2")
+    for template, opened in ((R1, "<think>\n"), (ZERO, "")):
+        chat = Chat(v3, chat_template=template)
+        cut, whole = (chat.completion(chat.tokenizer(text)["input_ids"]) for text in ("is it \\boxed{2}?", "yes</think>\\boxed{2}"))
+        assert (cut, whole) == (f"{opened}is it \\boxed{{2}}?", f"{opened}yes</think>\\boxed{{2}}")
+        assert accuracy.reward(whole, one) == 1.0
+        assert accuracy.reward(cut, one) == (0.0 if opened else 1.0)
 
 
 @pytest.mark.parametrize(

@@ -72,24 +72,22 @@ def test_a_score_is_squashed_or_left(score: float, server: SimpleNamespace):
 
 
 @pytest.mark.parametrize(
-    ("completion", "in_prompt", "text"),
+    ("completion", "text"),
     [
-        ("<think>a</think> b ", False, "b"),
-        ("a</think> b", True, "b"),
-        ("b", False, "b"),
-        ("<think>a</think></think>c", False, "c"),
-        ("<think>a</think>", False, ""),
-        ("<think>a", False, None),
-        ("a", True, None),
+        ("<think>a</think> b ", "b"),
+        ("b", "b"),
+        ("<think>a</think></think>c", "c"),
+        ("<think>a</think>", ""),
+        ("<think>a", None),
     ],
 )
-def test_the_summary_is_what_follows_the_reasoning(completion: str, in_prompt: bool, text: str | None, server: SimpleNamespace):
-    score = helpful.reward(completion, PROBLEM, url=server.url, think_in_prompt=in_prompt)
+def test_the_summary_is_what_follows_the_reasoning(completion: str, text: str | None, server: SimpleNamespace):
+    score = helpful.reward(completion, PROBLEM, url=server.url)
     if text is None:
         assert score == 0.0
         assert not server.asked
         with pytest.raises(ValueError, match="no summary"):
-            helpful.reward(completion, PROBLEM, url=server.url, think_in_prompt=in_prompt, transform="none")
+            helpful.reward(completion, PROBLEM, url=server.url, transform="none")
     else:
         assert server.asked[0]["messages"][1]["content"] == text
 

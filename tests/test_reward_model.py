@@ -19,8 +19,10 @@ from ranks import run_ranks
 
 from megatron_r1 import checks, config, models
 from megatron_r1.algorithms import reward_model
+from megatron_r1.chat import Chat
 from megatron_r1.packing import TokenSequence, pack, plan
 from megatron_r1.parallel import Parallel
+from megatron_r1.problem import Conversation
 from megatron_r1.types import Microbatch
 from megatron_r1.weights.rules import rules
 
@@ -155,6 +157,18 @@ def test_defaults_are_the_papers():
     assert (c.batch_size, c.optimizer.lr, c.optimizer.lr_decay_style, c.epochs, c.max_length) == (256, 6e-6, "constant", 1, 8192)
     assert not c.needs_rollouts
     assert config.load("reward-model", ROOT / "configs" / "tiny_reward_model.toml").kind == "pairwise"
+
+
+def test_answers_are_tokenized_by_the_template_that_goes_with_the_model(tmp_path: Path):
+    from megatron_r1.stages import reward_model as stage
+
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "1+1", "chosen": "2", "rejected": "3"}))
+    template = str(ROOT / "configs" / "templates" / "r1.jinja")
+    settings = {"kind": "pairwise", "preferences": str(tmp_path / "p.jsonl"), "model": {"path": str(TINY)}, "batch_size": 1}
+    [[example], _, _] = stage.load(config.parse("reward-model", settings | {"chat_template": template}))
+    chat = Chat(TINY, chat_template=template)
+    conversation = Conversation(({"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}))
+    assert example.ids[0] == chat.scored_ids(conversation) != Chat(TINY).scored_ids(conversation)
 
 
 def test_a_reward_model_is_no_policy(tmp_path: Path):

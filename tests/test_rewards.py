@@ -82,9 +82,20 @@ def test_format_is_each_tag_once_in_order_and_nothing_outside(completion: str, s
     assert format.reward(completion, problem()) == score
 
 
-def test_format_counts_the_tag_that_the_prompt_has_opened():
-    assert format.reward("a</think><answer>b</answer>", problem(), think_in_prompt=True) == 1.0
-    assert format.reward("<think>a</think><answer>b</answer>", problem(), think_in_prompt=True) == 0.0
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        ("<think>\na\n</think>\n\nIt is \\boxed{2}.", 1.0),
+        ("<think>a</think><answer>2</answer>", 1.0),
+        ("<think>a</think> \n", 0.0),
+        ("<think>a", 0.0),
+        ("so <think>a</think>2", 0.0),
+        ("<think>a</think>2</think>3", 0.0),
+        ("2", 0.0),
+    ],
+)
+def test_without_answer_tags_format_is_reasoning_in_its_tags_and_an_answer_of_any_form(completion: str, score: float):
+    assert format.reward(completion, problem(), answer_tags=False) == score
 
 
 CHINESE = "\u6211\u4eec\u5148\u7b97\u4e00\u4e0b"  # six characters

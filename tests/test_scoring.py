@@ -136,8 +136,8 @@ def test_options_reach_the_reward(scorer: Callable[..., Scorer], bad_reward: str
 
 def test_a_problems_source_chooses_its_rewards_by_the_first_pattern_that_matches(scorer: Callable[..., Scorer], bad_reward: str):
     by_source = {"math-hard*": {"accuracy": 3.0}, "math*": {"accuracy": 1.0, "format": 1.0}, "logic/[ab]": {"choice": 2.0}}
-    pool = scorer({bad_reward: 0.25}, by_source=by_source, options={"format": {"think_in_prompt": True}})
-    text = "a</think><answer>2</answer>"
+    pool = scorer({bad_reward: 0.25}, by_source=by_source, options={"format": {"answer_tags": False}})
+    text = "<think>a</think>\\boxed{2}"
     samples = [sample(text, source=source) for source in ("math-hard-1", "math", "Math", "logic/c", "")]
     samples.append(sample("<answer>B</answer>", "B", source="logic/a"))
     pool.collect(samples)

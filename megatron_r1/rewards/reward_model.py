@@ -28,22 +28,20 @@ def reward(
     url: str,
     scope: Literal["summary", "response"] = "response",
     transform: Literal["sigmoid", "none"] = "sigmoid",
-    think_in_prompt: bool = False,
     limit_seconds: float = 8.0,
 ) -> float:
     """The score of the completion as the answer to the problem's prompt.
 
-    url              of the server, as http://host:port
-    scope            "summary": what follows </think>; "response": all of it
-    transform        the paper gives no scale: a sigmoid makes it 0 .. 1, beside rule rewards of 0 and 1
-    think_in_prompt  the chat template's generation prompt already ends with <think>
-    limit_seconds    for all tries together; below rewards.timeout_seconds, at which the verifier's process is killed
+    url            of the server, as http://host:port
+    scope          "summary": what follows </think>; "response": all of it
+    transform      the paper gives no scale: a sigmoid makes it 0 .. 1, beside rule rewards of 0 and 1
+    limit_seconds  for all tries together; below rewards.timeout_seconds, at which the verifier's process is killed
 
     Without a summary to score it is 0.0, the lowest of a sigmoid; without a transform there is no lowest, and it raises.
     """
     if transform not in ("sigmoid", "none"):
         raise ValueError(f'transform = {transform!r}: use "sigmoid" or "none"')
-    text = scored_text("<think>" + completion if think_in_prompt else completion, scope=scope)
+    text = scored_text(completion, scope=scope)
     if text is None and transform == "none":
         raise ValueError("the completion has no summary, and without a transform there is no lowest score")
     if text is None:

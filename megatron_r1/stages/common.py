@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from megatron_r1 import checks, cost, data, evaluation
 from megatron_r1.chat import Chat
 from megatron_r1.config_stages import StageConfig
+from megatron_r1.conversations import Batches
 from megatron_r1.mcore import checkpoint, distributed
 from megatron_r1.mcore.offload import Offload
 from megatron_r1.mcore.optimizer import Training
@@ -35,7 +36,7 @@ from megatron_r1.verifying.scoring import Scorer
 from megatron_r1.watchdog import Watchdog
 from megatron_r1.weights import exporter
 
-Cursor = data.Dataset | Mixture
+Cursor = data.Dataset | Batches | Mixture
 CANARY_TOKENS = 48
 
 
@@ -82,6 +83,7 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
     held_out: list[Problem] = []
     if config.needs_rollouts:
         problems, held_out = load_problems(config)
+        chat.check_prompts([*problems.all(), *held_out], limit=config.rollout.max_prompt_tokens)
         fleet = make_fleet(config, policy, hf)
         if distributed.is_model_parallel_leader():
             scorer = make_scorer(config)
@@ -131,7 +133,7 @@ def roll_out(
     with watch.phase("rollout"), progress("rollout", len(mine) * sampling.n, shown=distributed.rank() == 0) as advance:
 
         def on_sample(sample: Sample) -> None:
-            sample.text = parts.chat.text(sample.completion_ids)
+            sample.text = parts.chat.completion(sample.completion_ids)
             parts.scorer.submit(sample)
             advance(1)
 

@@ -35,6 +35,7 @@ def main(config: EvalConfig) -> None:
     lock = hold(folder)
     metrics = inputs.make_metrics(config, steps=0)
     chat, problems = Chat(config.model.path, chat_template=config.chat_template), chosen(config)
+    chat.check_prompts(problems, limit=config.rollout.max_prompt_tokens)
     prompts = [(problem, chat.prompt_ids(problem)) for problem in problems]
     sampling = inputs.evaluation_sampling(config, eos_id=chat.eos_id)
     with (
@@ -65,7 +66,7 @@ def main(config: EvalConfig) -> None:
 def chosen(config: EvalConfig) -> list[Problem]:
     """The problems that training held out, so that both evaluate the same; all of them where none are."""
     everything, held_out = inputs.load_problems(config)
-    problems = held_out or list(everything.reasoning.items)
+    problems = held_out or everything.all()
     return problems[: config.evaluation.problems or None]
 
 
@@ -80,7 +81,7 @@ def verified(groups: Iterable[list[Sample]], chat: Chat, scorer: Scorer) -> Iter
     waiting: deque[list[Sample]] = deque()
     for group in groups:
         for sample in group:
-            sample.text = chat.text(sample.completion_ids)
+            sample.text = chat.completion(sample.completion_ids)
             scorer.submit(sample)
         waiting.append(group)
         if len(waiting) > BACKLOG:

@@ -63,7 +63,7 @@ def main(config: GRPOConfig) -> None:
             turns = minibatches * config.batch.inner_epochs
             left = config.steps - policy.step  # R1's second stage ends with a quarter of a rollout: 1,700 = 106 x 16 + 4
             updates = [policy.train_step(minibatch, loss, temperature=temperature) for minibatch in turns[:left]]
-        if config.reference_refresh_steps and policy.step % config.reference_refresh_steps == 0:
+        if common.is_due(config.reference_refresh_steps, policy.step, before):
             policy.refresh_reference()
 
         record = step_record(config, parts, samples, sampled=sampled, watch=watch)

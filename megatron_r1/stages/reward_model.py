@@ -63,7 +63,7 @@ def main(config: RewardModelConfig) -> None:
 
 def load(config: RewardModelConfig) -> tuple[list[Example], list[Example], int]:
     """The examples to train on, those held out, and how many were too long for either."""
-    chat = Chat(config.model.path)
+    chat = Chat(config.model.path, chat_template=config.chat_template)
     judged = load_preferences(config.preferences, config.kind)
     every = [Example([chat.scored_ids(c) for c in j.conversations], j.label) for j in judged]
     fitting = [example for example in every if max(map(len, example.ids)) <= config.max_length]
