@@ -26,7 +26,7 @@ from rich.table import Table
 
 from megatron_r1 import plugins
 from megatron_r1.metrics import Record, percentile
-from megatron_r1.summary import mean, share
+from megatron_r1.summary import is_correct, judge_of, mean, share
 from megatron_r1.types import Problem, Sample
 
 Z_95 = 1.959964  # of a normal distribution, 95% lies within so many standard deviations of its mean
@@ -88,8 +88,7 @@ class Score:
 
 def attempt(sample: Sample, *, judges: Sequence[str]) -> Attempt:
     """A verified sample; the first of `judges` that scored it, or failed to, says whether it is correct (a score of 1)."""
-    judge = next((name for name in judges if name in sample.rewards or name in sample.failures), "")
-    correct = sample.rewards[judge] >= 1.0 if judge in sample.rewards else None
+    judge, correct = judge_of(sample, judges), is_correct(sample, judges)
     return Attempt(
         problem=sample.problem,
         judge=judge,

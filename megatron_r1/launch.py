@@ -166,9 +166,12 @@ class Ranks:
         for p in self.processes:
             p.join()
 
-    def failure(self) -> str:
-        """Why the run ended, from the log of the rank that failed first: its one line, or the traceback's end."""
-        codes = self.poll()
+    def failure(self, seen: list[int | None]) -> str:
+        """Why the run ended, from the log of the rank that failed first: its one line, or the traceback's end.
+
+        seen    the exit codes when the first had failed; those that come after are of ranks that it took along
+        """
+        codes = next((codes for codes in (seen, self.poll()) if 2 in codes), seen)
         first = codes.index(2) if 2 in codes else next(i for i, code in enumerate(codes) if code)
         lines = self.logs[first].read_text(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("error: ")]
@@ -180,6 +183,7 @@ class Ranks:
 def be_rank(stage: str, arguments: list[str], *, environment: dict[str, str], log: Path) -> None:
     """In a new process: one rank. Rank 0 speaks for all; what the others say is in their logs, as everybody's warnings and errors."""
     die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher too, which asks for a save
     os.environ.update(environment)
     with log.open("ab") as file:
         for stream in (STDERR,) if environment["RANK"] == "0" else (STDOUT, STDERR):
@@ -214,10 +218,9 @@ def run_ranks(stage: str, config: StageConfig, servers: Servers) -> int:
             ranks.end()
         for number, handler in previous.items():
             signal.signal(number, handler)
-    codes = ranks.poll()
     if any(codes):
-        print(ranks.failure(), file=sys.stderr, flush=True)
-        return 2 if 2 in codes else 1
+        print(ranks.failure(codes), file=sys.stderr, flush=True)
+        return 2 if 2 in ranks.poll() else 1
     return 0
 
 

@@ -23,8 +23,9 @@ class StopRequest:
         self._noted = True
 
     def is_noted(self) -> bool:
-        """Whether this rank was asked to stop."""
-        return self._noted or (self._file is not None and self._file.exists())
+        """Whether this rank was asked to stop; what was asked once stays asked."""
+        self._noted = self._noted or (self._file is not None and self._file.exists())
+        return self._noted
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Collective."""

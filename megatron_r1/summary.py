@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_r1.metrics import Record, percentile
@@ -12,7 +13,6 @@ from megatron_r1.types import Sample
 # the paper's list of reflective words (arXiv 2501.12948v2, C.2)
 WORDS = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check")
 REFLECTIVE = re.compile(rf"\b(?:{'|'.join(WORDS)})\b", re.IGNORECASE)
-OUTCOMES = ("accuracy", "code", "bugfix", "choice", "short_answer")  # rewards that judge the answer, 1.0 or 0.0
 
 
 def groups(samples: list[Sample]) -> list[list[Sample]]:
@@ -38,14 +38,21 @@ def verified(samples: list[Sample]) -> list[float]:
     return [s.reward for s in samples if not math.isnan(s.reward)]
 
 
-def is_solved(sample: Sample) -> bool:
-    """Whether a reward that judges the answer gave full marks; which one that is depends on the problem's source."""
-    return any(sample.rewards.get(name, 0.0) >= 1.0 for name in OUTCOMES)
+def judge_of(sample: Sample, judges: Sequence[str]) -> str:
+    """The first of `judges` that scored the sample, or failed to; which one that is depends on the problem's source. "" if none did."""
+    return next((name for name in judges if name in sample.rewards or name in sample.failures), "")
 
 
-def reward_record(samples: list[Sample]) -> Record:
+def is_correct(sample: Sample, judges: Sequence[str]) -> bool | None:
+    """Whether its judge gave full marks; None without a verdict, as of a general prompt, or where the verifier failed."""
+    judge = judge_of(sample, judges)
+    return sample.rewards[judge] >= 1.0 if judge in sample.rewards else None
+
+
+def reward_record(samples: list[Sample], *, judges: Sequence[str]) -> Record:
     """reward/<component> means over what was verified, solved share, groups whose rewards are all equal, verifier failures.
 
+    What is solved is counted over the samples of which one of `judges` says so or not, if there are any.
     With problems of more than one source, also the mean of each: reward/source/<name>.
     """
     record = {"reward/mean": mean(verified(samples))}
@@ -55,16 +62,17 @@ def reward_record(samples: list[Sample]) -> Record:
     if len(sources) > 1:
         for source in sources:
             record[f"reward/source/{source}"] = mean(verified([s for s in samples if s.problem.source == source]))
-    solved = [[is_solved(s) for s in group] for group in groups(samples)]
-    record["reward/solved"] = share([flag for group in solved for flag in group])
-    record["reward/all_0_groups"] = share([not any(group) for group in solved])
-    record["reward/all_1_groups"] = share([all(group) for group in solved])
+    verdicts = [[v for s in group if (v := is_correct(s, judges)) is not None] for group in groups(samples)]
+    if solved := [flags for flags in verdicts if flags]:
+        record["reward/solved"] = share([flag for flags in solved for flag in flags])
+        record["reward/all_0_groups"] = share([not any(flags) for flags in solved])
+        record["reward/all_1_groups"] = share([all(flags) for flags in solved])
     record["reward/equal_groups"] = share([len(set(verified(group))) <= 1 for group in groups(samples)])
     record["reward/verifier_failures"] = float(sum(len(s.failures) for s in samples))
     return record
 
 
-def rollout_record(samples: list[Sample], *, version: int) -> Record:
+def rollout_record(samples: list[Sample], *, version: int, judges: Sequence[str]) -> Record:
     """rollout/ lengths in tokens of the completion, truncation, and how many weight versions the samples are behind."""
     lengths = [float(len(s.completion_ids)) for s in samples]
     record = {
@@ -77,7 +85,7 @@ def rollout_record(samples: list[Sample], *, version: int) -> Record:
     }
     record |= reflective_record([s.text for s in samples])
     for title, right in (("correct", True), ("wrong", False)):
-        some = [float(len(s.completion_ids)) for s in samples if is_solved(s) == right]
+        some = [float(len(s.completion_ids)) for s in samples if is_correct(s, judges) is right]
         if some:
             record[f"rollout/length_{title}"] = mean(some)
     return record

@@ -5,7 +5,10 @@ A fake engine plays the servers here; tests/test_rollout.py and tests/test_loop.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,6 +115,73 @@ def test_every_rank_has_every_sample_and_only_leaders_sample(tensor, context):
     for other in others:
         assert other["tokens"] == first["tokens"]
         assert other["own order"] == other["asked"] == []
+
+
+def slow_rollout(collective_seconds: float, rollout_seconds: float) -> int:
+    """Two ranks of which one waits for its servers; samples on this one."""
+    from torch.distributed import distributed_c10d
+
+    from megatron_r1.mcore import distributed
+    from megatron_r1.packing import TokenSequence, pack
+    from megatron_r1.parallel import Parallel
+    from megatron_r1.rollout.fleet import Fleet
+    from megatron_r1.types import Problem
+
+    distributed.init(Parallel(), seed=1)
+    try:
+        [canary] = pack([TokenSequence(ids=[5, 6, 7], learned=[1, 1, 1])], [[0]])
+        fleet = Fleet(FakeEngine(()), FakePolicy(), canary=canary, tolerance=1.0, seed=1)
+        fleet.sync()
+        distributed_c10d._set_pg_timeout(timedelta(seconds=collective_seconds))
+        seconds = rollout_seconds * distributed.rank()
+        return len(fleet.generate([(Problem(0, "0", ""), [0])], SamplingParams(max_tokens=4), on_sample=lambda s: time.sleep(seconds)))
+    finally:
+        distributed.shutdown()
+
+
+def test_a_rollout_may_take_longer_than_a_collective():
+    assert run_ranks(2, slow_rollout, 3.0, 6.0) == [1, 1]
+
+
+def rollout_that_ends_early(how: str) -> tuple[list[str], str]:
+    """What the scorer was asked when the servers are lost for good, or a stop is noted while completions wait for their verdicts."""
+    from megatron_r1.mcore import distributed
+    from megatron_r1.metrics import Stopwatch
+    from megatron_r1.parallel import Parallel
+    from megatron_r1.stages import common
+    from megatron_r1.types import Problem
+
+    def generate(prompts: Any, sampling: Any, *, on_sample: Callable, turn: int, stop: Callable) -> list[Any]:
+        sample = SimpleNamespace(completion_ids=[3], problem=prompts[0][0], group_index=0)
+        on_sample(sample)
+        if how == "lost":
+            raise EngineError("gone")
+        return [sample]
+
+    distributed.init(Parallel(), seed=1)
+    asked: list[str] = []
+    does = {name: (lambda *_, name=name: asked.append(name)) for name in ("submit", "collect", "close")}
+    chat = SimpleNamespace(prompt_ids=lambda problem: [1], completion=lambda ids: "")
+    parts = SimpleNamespace(chat=chat, scorer=SimpleNamespace(**does), fleet=SimpleNamespace(generate=generate))
+    try:
+        how_many = common.roll_out(parts, [Problem(0, "0", "")], SamplingParams(max_tokens=4), watch=Stopwatch(), stop=lambda: how == "stop")
+        return asked, f"{len(how_many)} samples"
+    except EngineError as error:
+        return asked, str(error)
+    finally:
+        distributed.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("how", "asked", "outcome"),
+    [
+        ("lost", ["submit", "close"], "gone"),
+        ("stop", ["submit"], "1 samples"),
+        ("whole", ["submit", "collect"], "1 samples"),
+    ],
+)
+def test_nobody_waits_for_verdicts_that_come_to_nothing(how, asked, outcome):
+    assert run_ranks(1, rollout_that_ends_early, how) == [(asked, outcome)]
 
 
 def test_samples_do_not_depend_on_the_layout():

@@ -1,13 +1,17 @@
-"""How the launcher starts ranks: forked on a CPU, spawned where there is a GPU."""
+"""How the launcher starts ranks (forked on a CPU, spawned where there is a GPU), ends them, and says which failed."""
 
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
-from commands import run
+from commands import Command, run
 
 from megatron_r1 import launch
 
@@ -57,7 +61,7 @@ def test_spawned_ranks_train_as_forked_ones_do(tmp_path: Path, monkeypatch: pyte
     ranks = launch.Ranks("sft", spawned, overrides=[], world_size=2, logs=tmp_path)
     for process in ranks.processes:
         process.join(LIMIT)
-    assert ranks.poll() == [0, 0], ranks.failure()
+    assert ranks.poll() == [0, 0], ranks.failure(ranks.poll())
     assert losses(spawned) == losses(forked)
     assert len(losses(forked)) == 2
 
@@ -67,4 +71,39 @@ def test_the_rank_that_failed_says_why(tmp_path: Path, monkeypatch: pytest.Monke
     ranks = launch.Ranks("sft", site(tmp_path / "few"), overrides=[], world_size=1, logs=tmp_path)
     ranks.processes[0].join(LIMIT)
     assert ranks.poll() == [2]
-    assert "parallel.world_size = 2: 1 ranks were started" in ranks.failure()
+    assert "parallel.world_size = 2: 1 ranks were started" in ranks.failure(ranks.poll())
+
+
+@pytest.mark.parametrize(
+    ("seen", "after", "words"),
+    [
+        ([None, 1], [-9, 1], "whole log: {1}"),
+        ([None, 1], [1, 1], "whole log: {1}"),
+        ([1, None], [1, 2], "error: it was this one"),
+    ],
+)
+def test_a_rank_that_another_took_along_is_not_blamed(seen: list, after: list, words: str, tmp_path: Path):
+    """Unless it says in one line what the user must mend, which may take longer than to notice its end."""
+    ranks = object.__new__(launch.Ranks)
+    ranks.logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    for log in ranks.logs:
+        log.write_text("Traceback\n" + "error: it was this one\n" * (2 in after))
+    ranks.processes = [SimpleNamespace(exitcode=code) for code in after]
+    assert words.format(*ranks.logs) in ranks.failure(seen)
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_all_processes_of_a_terminal_and_means_save_and_end(tmp_path: Path):
+    config = site(tmp_path / "run")
+    command = Command("sft", config, "steps=100000", "checkpoint.every=0")
+    limit = time.monotonic() + LIMIT
+    while not (config.parent / "run/metrics.jsonl").exists():
+        assert command.poll() is None, command.output
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+    for process in [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]:
+        process.send_signal(signal.SIGINT)
+    code, output = command.wait(LIMIT)
+    assert code == 0, output
+    assert "ended on request" in output
+    assert (config.parent / "run/checkpoints/latest").exists()

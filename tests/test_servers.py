@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -244,6 +246,33 @@ def test_requests_spread_over_servers_by_what_each_gets_done(stub, client):
     assert len(slow.asked) >= 2, "two requests go to two servers"
 
 
+def test_no_more_requests_are_open_at_a_time_than_the_process_may_have_files(stub, client):
+    def counted(body: dict) -> Answer:
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.pop()
+        return servers[0].completions(body)
+
+    running, most = [], []
+    servers = [stub(**{"inference/v1/generate": counted}) for _ in range(2)]
+    servers[0].version = servers[1].version = "1"
+    for urls in ([servers[0].url], [s.url for s in servers]):
+        engine = client(*urls)
+        engine.servers.most_open = 6
+        assert len(ask(engine, count=60)) == 60
+    assert 1 < max(most) <= 6
+
+
+def test_the_limit_of_open_files_is_raised_for_the_requests():
+    code = (
+        "import resource as r; hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (256, hard));"
+        "from megatron_r1.rollout.servers import open_files; print(open_files() == r.getrlimit(r.RLIMIT_NOFILE)[0] == min(hard, 65535))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_waiting_for_servers_ends_at_its_limit_and_names_the_missing(stub, client):
     url = dead_url()
     with pytest.raises(EngineError, match=rf"^{url}: not ready after 0.6 s; raise rollout.start_timeout_seconds"):
@@ -325,7 +354,7 @@ def test_a_cache_of_old_weights_that_stays_is_an_error(stub, client, tmp_path):
 def test_other_ranks_walk_through_the_export_and_send_nothing(stub, client):
     server = stub()
     walked = []
-    rank_1 = SimpleNamespace(rank=lambda: 1, share=lambda value: value, any_rank=lambda flag: flag)
+    rank_1 = SimpleNamespace(rank=lambda: 1, share=lambda value: value, any_rank=lambda flag: flag, together=lambda: None)
     client(server.url, ranks=rank_1).update_weights((walked.append(i) or ("a", torch.ones(1)) for i in range(3)), 1)
     assert (walked, server.asked) == ([0, 1, 2], [])
 
@@ -345,7 +374,7 @@ class Together:
 
     def of(self, rank: int) -> SimpleNamespace:
         said = {"share": lambda value: self.gather(rank, value)[0], "any_rank": lambda flag: any(self.gather(rank, flag))}
-        return SimpleNamespace(rank=lambda: rank, **said)
+        return SimpleNamespace(rank=lambda: rank, together=self.barrier.wait, **said)
 
 
 class CannotJoin:

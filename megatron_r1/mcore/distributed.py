@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +18,8 @@ from megatron_r1.mcore import cpu
 from megatron_r1.parallel import Parallel
 
 _meeting_point: tuple[dist.Store, int, int] | None = None  # store, rank, world size: one for the life of the process
-_layouts = 0
+_layouts = _gatherings = 0
+STORE_CALLS_A_SECOND = 5000  # that all ranks may make while they wait
 
 
 def _join(*, timeout: timedelta) -> None:
@@ -88,6 +90,19 @@ def share(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=_device())
     return box[0]
+
+
+def together() -> None:
+    """Wait for every rank, where some have waited for servers or verifiers, without the limit that a collective has: those take as
+    long as a rollout takes. If one never comes, the run's watchdog ends the others. Collective.
+    """
+    global _gatherings
+    store, _, world_size = _meeting_point
+    _gatherings += 1
+    arrived = f"together/{_layouts}/{_gatherings}"
+    store.add(arrived, 1)
+    while store.add(arrived, 0) < world_size:
+        time.sleep(max(0.01, world_size / STORE_CALLS_A_SECOND))
 
 
 def dp_rank() -> int:

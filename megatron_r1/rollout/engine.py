@@ -86,6 +86,9 @@ class Ranks(Protocol):
     def any_rank(self, flag: bool) -> bool:
         """Whether any rank says so."""
 
+    def together(self) -> None:
+        """Wait for every rank, however long one waits for servers."""
+
 
 class Alone:
     """A rank without others."""
@@ -98,6 +101,9 @@ class Alone:
 
     def any_rank(self, flag: bool) -> bool:
         return flag
+
+    def together(self) -> None:
+        pass
 
 
 ALONE = Alone()

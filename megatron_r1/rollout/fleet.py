@@ -121,6 +121,7 @@ class Fleet:
         for _ in range(MAX_RECOVERIES + 1):
             self.sync()
             lost = self._collect(requests, sampling, done, prompts=prompts, on_sample=on_sample, stop=stop)
+            distributed.together()
             if not distributed.any_rank(lost):
                 self.placement.training()
                 self.has_weights = self.placement.keeps_weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import socket
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
@@ -18,6 +19,7 @@ from megatron_r1.rollout.engine import EngineError
 CONNECT_SECONDS = 10.0
 HEALTH_SECONDS = 10.0
 POLL_SECONDS = 0.1
+FILES = 65_535  # often a shell allows 1,024, and a benchmark has more problems
 # A process that dies closes its sockets and is noticed at once; a machine that vanishes, by these probes (10 + 3 x 5 s).
 KEEP_ALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -26,6 +28,16 @@ KEEP_ALIVE = [
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 ]
 T = TypeVar("T")
+
+
+def open_files() -> int:
+    """How many files and connections this process may have, after the limit was raised as far as vLLM raises its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return FILES if soft == resource.RLIM_INFINITY else soft
 
 
 class ServerDown(EngineError):
@@ -64,6 +76,7 @@ class Servers:
             headers=headers,
             trust_env=False,  # a proxy has no business between trainer and server
         )
+        self.most_open = open_files() // 2  # connections at a time; the rest is for the process's other files
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, name="rollout-http", daemon=True)
         self.thread.start()

@@ -114,6 +114,7 @@ class VLLMServers:
         while waiting and up:
             # what waits at a server keeps it busy; what waits here goes to whichever is free: alone, a server gets everything
             slots = len(waiting) if len(up) == 1 else min(fits + fits // 4 + 1, len(waiting))
+            slots = min(slots, max(1, self.servers.most_open // len(up)))
             try:
                 async with asyncio.TaskGroup() as tasks:
                     for url in up * slots:
@@ -164,6 +165,7 @@ class VLLMServers:
                 meeting = self._meet(senders=len(division.parts))
         except EngineError as error:
             failure = error
+        self.ranks.together()
         meeting = self.ranks.share(meeting)
         try:
             if meeting is not None and self.sender is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -125,7 +126,7 @@ def roll_out(
 ) -> list[Sample]:
     """`sampling.n` scored completions of each problem, in the problems' order; all of them on every rank. Collective.
 
-    Only those that had arrived once `stop` says so on a rank; ask whether all agreed before using them.
+    Once `stop` says so on a rank, only those that had arrived, and not all of them scored; ask whether all agreed before using them.
     """
     mine = problems[distributed.dp_rank() :: distributed.dp_size()]
     prompts = [(problem, parts.chat.prompt_ids(problem)) for problem in mine]
@@ -137,10 +138,15 @@ def roll_out(
             parts.scorer.submit(sample)
             advance(1)
 
-        samples = parts.fleet.generate(prompts, sampling, on_sample=on_sample, turn=turn, stop=stop)
+        with ExitStack() as after_error:
+            if parts.scorer is not None:  # else this rank would verify what waits before it ends, and the others wait for that
+                after_error.callback(parts.scorer.close)
+            samples = parts.fleet.generate(prompts, sampling, on_sample=on_sample, turn=turn, stop=stop)
+            after_error.pop_all()
     with watch.phase("verify"):
-        if parts.scorer is not None:
+        if parts.scorer is not None and not stop():
             parts.scorer.collect(samples)
+        distributed.together()
         samples = distributed.gather_from_leaders(samples)
     place = {problem.id: i for i, problem in enumerate(problems)}
     return sorted(samples, key=lambda s: (place[s.problem.id], s.group_index))

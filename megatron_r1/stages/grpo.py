@@ -131,7 +131,9 @@ def split(config: GRPOConfig, policy: Policy, samples: list[Sample]) -> list[lis
 
 def step_record(config: GRPOConfig, parts: common.Parts, samples: list[Sample], *, sampled: list[Sample], watch: Stopwatch) -> Record:
     """The figures of one rollout: rewards and lengths of all that was sampled, the sync's canary, seconds a phase, tokens a second."""
-    record = summary.reward_record(sampled) | summary.rollout_record(sampled, version=parts.fleet.version) | watch.record()
+    judges = config.evaluation.judges
+    record = summary.reward_record(sampled, judges=judges) | watch.record()
+    record |= summary.rollout_record(sampled, version=parts.fleet.version, judges=judges)
     if config.batch.dynamic_sampling:
         record["rollout/dropped"] = 1 - len(samples) / len(sampled)
     tokens = sum(s.length for s in samples)
