@@ -164,8 +164,9 @@ def rollout_that_ends_early(how: str) -> tuple[list[str], str]:
     chat = SimpleNamespace(prompt_ids=lambda problem: [1], completion=lambda ids: "")
     parts = SimpleNamespace(chat=chat, scorer=SimpleNamespace(**does), fleet=SimpleNamespace(generate=generate))
     try:
-        how_many = common.roll_out(parts, [Problem(0, "0", "")], SamplingParams(max_tokens=4), watch=Stopwatch(), stop=lambda: how == "stop")
-        return asked, f"{len(how_many)} samples"
+        sampling, stop = SamplingParams(max_tokens=4), lambda: how == "stop"
+        samples = common.roll_out(parts, [Problem(0, "0", "")], sampling, watch=Stopwatch(), stop=stop)
+        return asked, f"{len(samples)} samples"
     except EngineError as error:
         return asked, str(error)
     finally:

@@ -160,6 +160,16 @@ def test_the_kl_is_a_sawtooth_that_falls_to_zero_at_each_new_reference(loop, unb
     assert all(kl[step] > 1e-5 for step in (2, 3, 4, 6))
 
 
+def test_a_run_that_ended_within_a_rollout_and_is_given_more_steps_still_gets_its_references(loop):
+    short = ("evaluation.problems=0", "checkpoint.export=false")
+    for steps in (3, 7):
+        code, output = loop.run("extended", f"steps={steps}", *short)
+        assert code == 0, output
+    kl = {step: kl for step, (_, _, kl) in loop.losses("extended").items()}
+    assert kl[4] > 0.0, "within the first 4 steps, and not on the first rollout"
+    assert kl[6] == pytest.approx(0.0, abs=1e-6), "the rollout of steps 4 and 5 passed the refresh at step 4"
+
+
 def test_a_run_that_is_killed_goes_on_bitwise_equal_its_kl_included(loop, unbroken):
     process = loop.start("killed")
     loop.wait(process, (loop.folder / "killed/checkpoints/latest").exists)

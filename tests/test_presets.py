@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_r1 import config
+from megatron_r1 import checks, config
 from megatron_r1.config_stages import GRPOConfig, StageConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -55,6 +55,7 @@ PAPER: dict[str, tuple[str, dict[str, Any]]] = {
     "r1_sft": ("sft", SFT | {"steps": 2 * 804_745 // 128 + 2}),  # two epochs of Table 5, in whole steps
     "r1_rl_stage2": ("grpo", RL | {"steps": 1700, "sampling.temperature": 0.7, "general.from_step": 1300}),
 }
+RL_STAGES = [name for name, (stage, _) in PAPER.items() if stage == "grpo"]
 STUDENTS = {  # Table 6: the initial learning rate
     "qwen_1_5b": ("Qwen2.5-Math-1.5B", 1e-4),
     "qwen_7b": ("Qwen2.5-Math-7B", 8e-5),
@@ -79,6 +80,11 @@ def test_a_preset_has_the_papers_numbers(name: str):
     stage, numbers = PAPER[name]
     settings = config.load(stage, CONFIGS / f"{name}.toml")
     assert {path: value(settings, path) for path in numbers} == numbers
+
+
+@pytest.mark.parametrize("name", ["v3_671b_grpo", "tiny_grpo", "tiny/bilingual_grpo", *RL_STAGES, *(f"tiny/{name}" for name in RL_STAGES)])
+def test_a_microbatch_holds_the_longest_prompt_and_completion(name: str):
+    checks.check_batch(config.load("grpo", CONFIGS / f"{name}.toml"))
 
 
 @pytest.mark.parametrize("student", STUDENTS)
