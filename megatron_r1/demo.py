@@ -22,7 +22,7 @@ from megatron_r1.worked_examples import conversations
 
 STAGES = ("sft", "grpo")
 CONFIGS = Path("configs")
-TERSE = 0.6  # of the worked examples: the cold start can add, shows its work four times in ten, and is right about as often
+TERSE = 0.6  # of the worked examples: a cold start on them is right one time in three, and has seen that one can show one's work
 
 
 def demo(overrides: list[str]) -> int:
