@@ -64,6 +64,15 @@ STUDENTS = {  # Table 6: the initial learning rate
     "llama_8b": ("Llama-3.1-8B", 5e-5),
     "llama_70b": ("Llama-3.3-70B-Instruct", 2e-5),
 }
+KV_BYTES = {  # of a token in bfloat16: keys and values of the largest model that a preset serves
+    "V3": 61 * (512 + 64) * 2,  # MLA: the latent and the rotary key of each layer
+    "Llama-3.3-70B": 80 * 2 * 8 * 128 * 2,
+}
+SERVED = {
+    **{f"eval_{name}": ("eval", "Llama-3.3-70B") for name in ("aime", "math500", "gpqa")},
+    **dict.fromkeys(("r1_zero", "r1_rl_stage1", "r1_rl_stage2", "v3_671b_grpo"), ("grpo", "V3")),
+    "r1_rejection": ("reject", "V3"),
+}
 TINY = {"base": "sft", "r1_distill": "sft"} | {name: stage for name, (stage, _) in PAPER.items()}
 
 
@@ -108,6 +117,15 @@ def test_every_number_of_a_preset_says_where_it_is_from():
                 continue
             assert covered or any(tag in line for tag in ("[N]", "[A2]", "[V3]", "[ours]")), f"{name}: {setting}"
             covered = 3 if "next three" in line else 2 if "next two" in line else max(0, covered - 1)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_presets_servers_have_room_for_the_longest_answer(name: str):
+    """vLLM does not start where one request of its longest length would not fit."""
+    stage, model = SERVED[name]
+    settings = config.load(stage, CONFIGS / f"{name}.toml")
+    longest = max([settings.sampling.max_tokens, *(tokens for _, tokens in settings.sampling.max_tokens_schedule)])
+    assert settings.rollout.kv_cache_mib << 20 >= (longest + settings.rollout.max_prompt_tokens) * KV_BYTES[model]
 
 
 @pytest.mark.parametrize("name", TINY)
