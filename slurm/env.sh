@@ -64,7 +64,7 @@ plan() {
     date; git rev-parse HEAD; git status --short; scontrol show job "$SLURM_JOB_ID"
     env | grep -viE 'key|token|secret|passw|credential' | sort
   } >"$LOG/env.txt" 2>&1 || true
-  "${PLAN[@]}" "$PYTHON" -m megatron_r1 plan "$@" >"$LOG/$1.toml" || refuse "the config does not fit this job"
+  "${PLAN[@]}" "$PYTHON" -m megatron_r1 plan --gpus "$GPUS" "$@" >"$LOG/$1.toml" || refuse "the config does not fit this job"
   cp "$LOG/$1.toml" "$RUN/$1.toml"
   grep '^# ' "$LOG/$1.toml"
 }

@@ -6,7 +6,7 @@
 #SBATCH --output=slurm-%x-%j.out
 # GRPO on TRAIN_NODES nodes, their rollouts on ROLLOUT_NODES; what is left of the job is spare.
 #
-#   TRAIN_NODES=32 ROLLOUT_NODES=31 sbatch -J r1_zero --nodes=64 slurm/grpo.sh configs/r1_zero.toml [section.key=value ...]
+#   TRAIN_NODES=32 ROLLOUT_NODES=30 SERVER_NODES=2 sbatch -J r1_zero --nodes=64 slurm/grpo.sh configs/r1_zero.toml [section.key=value ...]
 #
 # SERVERS is for each node; a model that needs more GPUs than a node has is served by SERVER_NODES nodes together.
 # PLACEMENT=colocated: the servers share the trainer's nodes (ROLLOUT_NODES is not used).

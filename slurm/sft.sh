@@ -6,7 +6,7 @@
 #SBATCH --output=slurm-%x-%j.out
 # SFT on TRAIN_NODES nodes (all of the job's unless given); what is left is spare.
 #
-#   TRAIN_NODES=16 sbatch -J cold_start --nodes=17 slurm/sft.sh configs/r1_cold_start_sft.toml [section.key=value ...]
+#   TRAIN_NODES=64 sbatch -J cold_start --nodes=66 slurm/sft.sh configs/r1_cold_start_sft.toml [section.key=value ...]
 . "${SLURM_SUBMIT_DIR:-$PWD}/slurm/env.sh"
 TRAIN_NODES=${TRAIN_NODES:-${#HOSTS[@]}}
 given=("$@")

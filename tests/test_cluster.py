@@ -16,7 +16,8 @@ PRESETS = {"grpo": (256, 32 * 8), "sft": (512, 64 * 8)}
 
 
 def tiny_plan(*overrides: str) -> int:
-    return cluster.plan(["grpo", str(ROOT / "configs/tiny_grpo.toml"), f"model.path={TINY}", "model.init=random", *overrides])
+    config = str(ROOT / "configs/tiny_grpo.toml")
+    return cluster.plan(["--gpus", "8", "grpo", config, f"model.path={TINY}", "model.init=random", *overrides])
 
 
 def test_deepseek_v3_is_a_model_this_builds():
@@ -48,6 +49,19 @@ def test_a_plan_prints_the_effective_config_under_what_it_comes_to(tmp_path, cap
 def test_a_plan_refuses_a_layout_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"parallel\.expert_model_parallel_size = 2.*not 3"):
         tiny_plan(f"run.dir={tmp_path}", "parallel.world_size=3")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fix"),
+    [
+        (("rollout.tensor_parallel_size=8", 'rollout.vllm_args=["--pipeline-parallel-size", "2"]'), "SERVER_NODES=2 SERVERS=1"),
+        (("rollout.tensor_parallel_size=8", "rollout.servers=2"), "SERVER_NODES=1 SERVERS=1"),
+        (("rollout.tensor_parallel_size=2", "rollout.servers=8"), "SERVER_NODES=1 SERVERS=4"),
+    ],
+)
+def test_a_plan_refuses_a_server_larger_than_its_share_of_the_nodes(sizes, fix, tmp_path):
+    with pytest.raises(ValueError, match=rf"rollout\.tensor_parallel_size = .*; set {fix}"):
+        tiny_plan(*sizes, f"run.dir={tmp_path}")
 
 
 def test_a_reward_model_is_served_once_it_has_been_trained(tmp_path):

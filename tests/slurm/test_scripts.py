@@ -17,7 +17,7 @@ from megatron_r1.models import kernels
 SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), *HERE.glob("*.sh"), HERE / "nvidia-smi"])
 JOBS = {"grpo": "configs/tiny_grpo.toml", "sft": "configs/tiny_sft.toml", "convert": "hf-to-megatron in out"}
 PARTS = ("rank.sh", "server.sh", "site.example.sh", "preflight.sh", "down.sh", "nvidia-smi")  # one command, or none that must not fail
-PRESETS = ("v3_671b_grpo", "v3_671b_sft")
+COMMANDS = ("configs/v3_671b_grpo.toml", "configs/v3_671b_sft.toml", "slurm/grpo.sh", "slurm/sft.sh", "README.md")
 
 
 def dry_run(script: str, *arguments: str, code: int = 0, **env: str) -> str:
@@ -125,11 +125,11 @@ def test_a_dry_run_of_a_pipeline_shows_each_stage_with_its_own_settings(tmp_path
     assert dry_run("slurm/pipeline.sh", f"{tmp_path}/stages.txt", "3").startswith("ROLLOUT_NODES=4 sbatch -J pick")
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_fits_the_job_that_its_first_lines_say_to_submit(name, tmp_path, monkeypatch, capsys):
-    """Its command is run dry on nodes of 8 GPUs, and `plan` is given what the job would give it."""
+@pytest.mark.parametrize("file", COMMANDS)
+def test_a_preset_fits_the_job_that_a_file_says_to_submit(file, tmp_path, monkeypatch, capsys):
+    """The command is run dry on nodes of 8 GPUs, and `plan` is given what the job would give it."""
     command = re.search(
-        r"^#   ((?:[A-Z_]+=\d+ )+)sbatch -J \w+ --nodes=(\d+) (slurm/\w+\.sh) (\S+)$", (ROOT / f"configs/{name}.toml").read_text(), re.M
+        r"^(?:#   )?((?:[A-Z_]+=\d+ )+)sbatch -J \w+ --nodes=(\d+) (slurm/\w+\.sh) (configs/\S+)", (ROOT / file).read_text(), re.M
     )
     settings = dict(pair.split("=") for pair in command[1].split())
     shown = dry_run(command[3], command[4], NODES=command[2], GPUS="8", **settings)
@@ -142,11 +142,11 @@ def test_a_preset_fits_the_job_that_its_first_lines_say_to_submit(name, tmp_path
     model = tmp_path / "model"  # its shapes are real, its weights are far away
     model.mkdir()
     (model / "config.json").write_text((ROOT / "configs/models/deepseek_v3/config.json").read_text())
-    for file in ("tokenizer_config.json", "model.safetensors", "data.jsonl"):
-        (model / file).touch()
+    for name in ("tokenizer_config.json", "model.safetensors", "data.jsonl"):
+        (model / name).touch()
     data = "conversations" if stage == "sft" else "jsonl"
     monkeypatch.setattr(checks, "has_gpu", lambda: True)
     monkeypatch.setattr(kernels, "is_installed", lambda name: True)
     local = [f"run.dir={tmp_path}/run", f"model.path={model}", f"data.{data}={model}/data.jsonl"]
-    assert cluster.plan([stage, str(ROOT / command[4]), *overrides, *local]) == 0
+    assert cluster.plan(["--gpus", "8", stage, str(ROOT / command[4]), *overrides, *local]) == 0
     assert f"{8 * int(settings['TRAIN_NODES'])} trainer ranks" in capsys.readouterr().out
