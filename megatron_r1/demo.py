@@ -62,6 +62,19 @@ def load(stage: str, root: str, overrides: list[str]) -> StageConfig:
     return configuration.load(stage, CONFIGS / f"tiny_{stage}.toml", [own, f"run.dir={root}/{stage}", *overrides])
 
 
+def worked_examples(arguments: list[str]) -> int:
+    """Write `data.conversations` of an SFT config whose problems are sums, as the demo has them; returns the exit code."""
+    if not arguments:
+        raise ValueError("worked-examples: give an SFT config, as in: worked-examples configs/tiny_sft.toml")
+    sft = configuration.load("sft", arguments[0], arguments[1:])
+    if sft.data.conversations is None:
+        raise ValueError("data.conversations: required, and not set; give the file to write")
+    Path(sft.data.conversations).parent.mkdir(parents=True, exist_ok=True)
+    write_examples(sft, terse=TERSE)
+    print(sft.data.conversations)
+    return 0
+
+
 def write_examples(sft: StageConfig, *, terse: float, size: int | None = None, words: Sequence[str] = ()) -> None:
     """Worked examples of the training problems, for data.conversations; the held-out ones stay unseen."""
     problems = data.load_problems(**sft.data.problems(), seed=sft.run.seed)

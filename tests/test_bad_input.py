@@ -163,6 +163,8 @@ def test_a_missing_jsonl_is_named(root, capsys):
 def test_sft_without_conversations_says_what_it_needs(root, capsys):
     (root / "sft.toml").write_text(f'steps = 1\n[run]\ndir = "{root}/run"\n[model]\npath = "{root}/model"\ninit = "random"\n')
     assert "data.conversations" in complaint(capsys, "sft", str(root / "sft.toml"))
+    line = complaint(capsys, "sft", str(root / "sft.toml"), "data.conversations=/nowhere.jsonl")
+    assert "data.conversations = '/nowhere.jsonl': no such file" in line
 
 
 @pytest.mark.parametrize("arguments", [("gpro", "x.toml"), ("grpo",)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 from megatron_r1 import checks, config
 from megatron_r1.config_stages import GRPOConfig, StageConfig
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+TINY_V3 = checks.read_json(CONFIGS / "models/tiny_v3/config.json", setting="model.path")
+OWN_RUN = re.findall(r"^python -m megatron_r1 (sft|grpo|eval) +(configs/\S+)", (ROOT / "README.md").read_text(), re.MULTILINE)
 RL = {  # Nature, Methods: of R1-Zero and of both RL stages of R1
     "optimizer.lr": 3e-6,
     "algorithm.name": "grpo",
@@ -139,3 +143,10 @@ def test_the_tiny_scale_is_the_same_recipe_by_one_base_line(name: str):
         assert settings.rewards.weights == whole.rewards.weights
         assert settings.sampling.temperature == whole.sampling.temperature
         assert settings.batch.completions == whole.batch.completions
+
+
+@pytest.mark.parametrize(("stage", "file"), OWN_RUN)
+def test_the_readmes_own_run_fits_the_tiny_model(stage: str, file: str):
+    settings = config.load(stage, ROOT / file, [f"data.conversations={__file__}"])
+    checks.check_data(settings)
+    checks.check_rollout(settings, TINY_V3)

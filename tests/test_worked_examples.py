@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from megatron_r1 import worked_examples
+from megatron_r1 import checks, config, data, worked_examples
+from megatron_r1.__main__ import main
 from megatron_r1.problem import Problem
 from megatron_r1.rewards import accuracy, format, language
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs/tiny_sft.toml"
 
 
 @pytest.mark.parametrize(
@@ -53,3 +58,20 @@ def test_steps_begin_with_words_of_both_languages_and_the_language_reward_sees_t
     shares = [language.reward(answer, problem) for answer, problem in zip(answers, problems, strict=True)]
     assert 0.4 < sum(shares) / len(shares) < 0.6
     assert {0.0, 1.0} < set(shares), "whole and mixed ones"
+
+
+def test_the_command_writes_what_the_cold_start_learns_and_not_what_it_is_tested_on(tmp_path):
+    written = tmp_path / "new" / "cold_start.jsonl"
+    given = [str(CONFIG), f"data.conversations={written}", "data.size=40", "data.held_out=10", "evaluation.problems=0"]
+    assert main(["worked-examples", *given]) == 0
+    settings = config.load("sft", CONFIG, given[1:])
+    checks.check_data(settings)
+    _, held_out = data.split_held_out(data.load_problems(**settings.data.problems(), seed=1), 10, seed=1)
+    learned = {conversation.messages[0]["content"] for conversation in data.load_conversations(str(written))}
+    assert len(learned) == 30
+    assert not {problem.prompt for problem in held_out} & learned
+
+
+def test_the_command_without_a_config_says_what_it_needs(capsys):
+    assert main(["worked-examples"]) == 2
+    assert "give an SFT config" in capsys.readouterr().err
