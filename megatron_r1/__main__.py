@@ -38,6 +38,13 @@ TOOLS = {  # command -> module and its function of the arguments, which returns 
     "allreduce": ("allreduce", "allreduce"),
     "doctor": ("doctor", "doctor"),
 }
+EXAMPLES = {  # command -> a config that it runs
+    "sft": "configs/tiny_sft.toml",
+    "grpo": "configs/tiny_grpo.toml",
+    "eval": "configs/tiny_eval.toml",
+    "reject": "configs/tiny/r1_rejection.toml",
+    "reward-model": "configs/tiny_reward_model.toml",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,8 +66,7 @@ def run(command: str, arguments: list[str]) -> int:
     if command not in rank.STAGES:
         raise ValueError(f"command {command!r}: no such command; use one of {', '.join([*TOOLS, 'pipeline', *rank.STAGES])}")
     if not arguments:
-        example = f"configs/tiny_{command.replace('-', '_')}.toml"
-        raise ValueError(f"{command}: give a config file, as in: python -m megatron_r1 {command} {example}")
+        raise ValueError(f"{command}: give a config file, as in: python -m megatron_r1 {command} {EXAMPLES[command]}")
     if "RANK" in os.environ:
         return rank.run(command, arguments)
     from megatron_r1.checks import check

@@ -101,6 +101,13 @@ def bubblewrap() -> str:
     return "makes sandboxes"
 
 
+def devices() -> list[str]:
+    """The names of the GPUs that torch can use."""
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+
+
 def doctor(arguments: list[str]) -> int:
     """Print the table, or with `--versions` one line of them to compare nodes by; returns 0 when a run can start, else 1."""
     if arguments == ["--versions"]:
@@ -108,8 +115,6 @@ def doctor(arguments: list[str]) -> int:
         return 0
     if arguments:
         raise ValueError(f"doctor {arguments[0]!r}: no such option; use --versions or none")
-    import torch
-
     print(f"python               {platform.python_version()}, {os.cpu_count()} cores")
     required_missing = False
     for names, cost in PACKAGES:
@@ -118,7 +123,7 @@ def doctor(arguments: list[str]) -> int:
         print(f"{names[0]:<20} {found or 'missing: ' + cost}")
     print(f"{'apex':<20} {apex()}")
     print(f"{'bubblewrap':<20} {bubblewrap()}")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = devices() if version(("torch",)) else []
     print(f"{'devices':<20} {', '.join(gpus) if gpus else 'no GPU: Megatron-Core on gloo and vLLM on the CPU'}")
     if broken := transformer_engine():
         print(f"transformer-engine is here {broken}")

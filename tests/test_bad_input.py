@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1.__main__ import main
+from megatron_r1 import config, rank
+from megatron_r1.__main__ import EXAMPLES, main
 
-TINY = Path(__file__).resolve().parents[1] / "configs" / "models" / "tiny_v3"
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "configs" / "models" / "tiny_v3"
 
 GRPO = """
 steps = 4
@@ -170,6 +172,12 @@ def test_sft_without_conversations_says_what_it_needs(root, capsys):
 @pytest.mark.parametrize("arguments", [("gpro", "x.toml"), ("grpo",)])
 def test_a_wrong_command_line_is_explained(arguments, capsys):
     complaint(capsys, *arguments)
+
+
+@pytest.mark.parametrize("command", rank.STAGES)
+def test_a_stage_without_a_config_names_one_that_is_there(command, capsys):
+    assert complaint(capsys, command).endswith(f"{command} {EXAMPLES[command]}")
+    config.load(command, ROOT / EXAMPLES[command])
 
 
 def test_nothing_is_written_before_the_checks_have_passed(root, capsys):

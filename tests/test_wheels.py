@@ -107,6 +107,14 @@ def test_doctor_says_why_a_package_that_is_there_cannot_be_loaded(tmp_path, monk
     assert "undefined symbol: grouped" in doctor.cannot_be_loaded("too_new")
 
 
+def test_doctor_says_how_to_get_torch_where_there_is_none(monkeypatch, capsys):
+    found = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda names: None if names == ("torch",) else found(names))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert doctor.doctor([]) == 1
+    assert "missing: nothing runs: pip install torch\n" in capsys.readouterr().out
+
+
 def test_doctor_says_what_each_missing_companion_is_for():
     found = doctor.companions()
     assert found.keys() == {"DeepEP", "HybridEP", "flash-attn", "apex kernels"}
