@@ -48,7 +48,12 @@ def rows(run: Run) -> list[tuple[str, str]]:
 def where(run: Run) -> str:
     """One of a pipeline's runs in a line."""
     step = int(max((r["step"] for r in run.records), default=0))
-    return f"{run.stage}, {state(run.folder)}, step {step} of {run.config.get('steps', 0)}"
+    return f"{run.stage}, {state(run.folder)}, step {of(step, run.config.get('steps', 0))}"
+
+
+def of(step: int, steps: int) -> str:
+    """A step of so many; 0 = how many is not said, as by stages that go through their data once."""
+    return f"{step} of {steps}" if steps else str(step)
 
 
 def costs(found: list[Run]) -> Table:
@@ -84,6 +89,8 @@ def past_jobs(logs: Path) -> list[float]:
     """GPU-hours of each Slurm job of the run, from its start to the last line that it wrote: its nodes with all their GPUs."""
     hours = []
     for recorded in logs.glob("*/env.txt"):
+        if recorded.parent.is_symlink():  # `latest`
+            continue
         variables = dict(line.split("=", 1) for line in recorded.read_text(errors="replace").splitlines() if "=" in line)
         gpus = int(variables.get("SLURM_JOB_NUM_NODES", 0)) * int(variables.get("SLURM_GPUS_ON_NODE", 0))
         end = max(f.stat().st_mtime for f in recorded.parent.iterdir())
@@ -95,7 +102,7 @@ def progress(records: list[dict[str, float]], *, steps: int) -> list[tuple[str, 
     """Step, reward, pace and time to go."""
     step = int(max(r["step"] for r in records))
     timed = [r for r in records if "time/step" in r]
-    found = [("step", f"{step} of {steps}, {age(time.time() - records[-1]['unix_time'])} ago")]
+    found = [("step", f"{of(step, steps)}, {age(time.time() - records[-1]['unix_time'])} ago")]
     for name, label in (("reward/mean", "reward"), ("eval/pass@1", "pass@1"), ("perf/tokens_per_second", "tokens/s")):
         values = [(int(r["step"]), r[name]) for r in records if name in r]
         if values:

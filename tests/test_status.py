@@ -29,6 +29,7 @@ def test_a_run_of_two_jobs_has_their_gpu_hours_its_step_its_pace_and_its_last_er
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 6, "half')
     job(tmp_path, "11", nodes=4, gpus=8, minutes=30)
     job(tmp_path, "12", nodes=4, gpus=8, minutes=15)
+    (tmp_path / "logs" / "latest").symlink_to("12")
     found = dict(status.rows(runs.read(tmp_path)))
     assert found["stage"] == "grpo, 4 trainer ranks"
     assert found["jobs so far"] == "2, 24.00 GPU-hours"
@@ -37,6 +38,14 @@ def test_a_run_of_two_jobs_has_their_gpu_hours_its_step_its_pace_and_its_last_er
     assert found["time left"] == "30.0 min"
     assert found["checkpoint"] == "none yet"
     assert found["last error"].startswith("model.path: gone (")
+
+
+def test_a_stage_that_does_not_say_how_many_steps_it_takes_has_the_step_alone(tmp_path):
+    (tmp_path / "reward-model.toml").write_text("epochs = 1\n")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 30, "unix_time": time.time()}) + "\n")
+    run = runs.read(tmp_path)
+    assert dict(status.rows(run))["step"] == "30, 0 s ago"
+    assert status.where(run) == "reward-model, not done, step 30"
 
 
 def test_a_folder_that_is_no_runs_is_refused(tmp_path):
