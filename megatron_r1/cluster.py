@@ -17,7 +17,7 @@ from types import FrameType
 from megatron_r1 import config as configuration
 from megatron_r1 import cost
 from megatron_r1.checks import check, data_parallel_size
-from megatron_r1.config_stages import STAGES, GRPOConfig, RewardModelConfig, StageConfig
+from megatron_r1.config_stages import STAGES, GRPOConfig, RejectionConfig, RewardModelConfig, StageConfig
 from megatron_r1.launch import POLL_SECONDS, RewardServers, Servers
 
 
@@ -55,7 +55,8 @@ def layout(config: StageConfig) -> list[str]:
     """The sizes that follow from the config, one line each."""
     if config.serves_own_weights:
         servers = len(config.rollout.urls) or config.rollout.servers
-        return [f"no trainer ranks; {servers} servers sample {config.evaluation.samples} completions a problem"]
+        samples = config.samples if isinstance(config, RejectionConfig) else config.evaluation.samples
+        return [f"no trainer ranks; {servers} servers sample {samples} completions a problem"]
     p, data_parallel = config.parallel, data_parallel_size(config)
     stages = p.virtual_pipeline_model_parallel_size
     lines = [

@@ -46,6 +46,15 @@ def test_a_plan_prints_the_effective_config_under_what_it_comes_to(tmp_path, cap
     assert config.load("grpo", tmp_path / "again.toml").run.dir == str(tmp_path)
 
 
+SAMPLES = [("reject", "tiny/r1_rejection", 2, 4), ("reject", "r1_rejection", 1, 16), ("eval", "eval_aime", 1, 64)]
+
+
+@pytest.mark.parametrize(("stage", "file", "servers", "samples"), SAMPLES)
+def test_a_plan_says_how_many_completions_of_a_problem_are_sampled(stage, file, servers, samples):
+    said = cluster.layout(config.load(stage, ROOT / f"configs/{file}.toml"))
+    assert said == [f"no trainer ranks; {servers} servers sample {samples} completions a problem"]
+
+
 def test_a_plan_refuses_a_layout_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"parallel\.expert_model_parallel_size = 2.*not 3"):
         tiny_plan(f"run.dir={tmp_path}", "parallel.world_size=3")
