@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -159,8 +160,14 @@ def check_rewards(config: StageConfig) -> None:
 
 
 def has_gpu() -> bool:
-    """Whether this machine shows an NVIDIA driver; asked without importing torch."""
-    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+    """Whether this machine shows an NVIDIA driver, and torch is a build that uses it; asked without importing torch."""
+    return torch_uses_cuda() and (Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None)
+
+
+def torch_uses_cuda() -> bool:
+    """Whether the torch that is installed is no CPU build."""
+    torch = importlib.util.find_spec("torch")
+    return torch is not None and runpy.run_path(str(Path(torch.origin).with_name("version.py")))["cuda"] is not None
 
 
 def check_run_folder(config: StageConfig) -> None:

@@ -6,6 +6,7 @@ Transformer Engine is a stand-in here (fake_te.py), which computes on the CPU; M
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from mcore_runs import Run, model
 from ranks import run_ranks
 
-from megatron_r1 import config_types
+from megatron_r1 import checks, config_types
 from megatron_r1.models import kernels
 from megatron_r1.models.kernels import Kernels
 from megatron_r1.parallel import Parallel
@@ -259,3 +261,27 @@ def test_an_optimizer_that_cannot_be_is_refused_in_one_line(given, words, monkey
     with pytest.raises(ValueError, match=words):
         kernels.check_optimizer(**default | given)
     kernels.check_optimizer(**default)
+
+
+@pytest.mark.parametrize(
+    ("build", "driver", "expected"),
+    [
+        ("cuda: Optional[str] = '13.0'", "/usr/bin/nvidia-smi", True),
+        ("cuda: Optional[str] = '13.0'", None, False),
+        ("cuda: Optional[str] = None", "/usr/bin/nvidia-smi", False),
+    ],
+)
+def test_a_gpu_is_there_where_a_driver_is_and_torch_was_built_for_it(build, driver, expected, tmp_path, monkeypatch):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise AssertionError('torch is not to be imported')")
+    (tmp_path / "torch/version.py").write_text(f"from typing import Optional\n\n{build}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch")  # so that it is looked for
+    monkeypatch.setattr(checks.shutil, "which", lambda program: driver)
+    monkeypatch.setattr(checks.Path, "exists", lambda path: False)
+    assert checks.has_gpu() is expected
+
+
+def test_the_torch_that_is_here_is_taken_for_what_it_is(monkeypatch):
+    monkeypatch.setattr(checks.shutil, "which", lambda program: f"/usr/bin/{program}")
+    assert checks.has_gpu() is (torch.version.cuda is not None)

@@ -61,7 +61,7 @@ def check(kernels: Kernels, hf: dict[str, Any], parallel: Parallel, *, dtype: st
         "kernels.overlap_expert_communication = true": kernels.overlap_expert_communication,
     }.items():
         if used and not has_gpu:
-            raise ValueError(f"{name}: needs an NVIDIA GPU, and there is none here; leave it out")
+            raise ValueError(f"{name}: needs an NVIDIA GPU, and torch has none here; leave it out")
         if used and dtype != "bfloat16" and "transformer_impl" not in name:
             raise ValueError(f'{name}: is for bfloat16, and model.dtype = "{dtype}"; set model.dtype = "bfloat16"')
     if has_gpu and kernels.transformer_impl != "local" and not is_installed("transformer_engine"):
@@ -81,7 +81,7 @@ def check_optimizer(*, moments_dtype: str, offload_fraction: float, dtype: str, 
         f"optimizer.offload_fraction = {offload_fraction}": offload_fraction > 0,
     }.items():
         if used and not has_gpu:
-            raise ValueError(f"{name}: needs an NVIDIA GPU, and there is none here; leave it out")
+            raise ValueError(f"{name}: needs an NVIDIA GPU, and torch has none here; leave it out")
         if used and dtype != "bfloat16":
             raise ValueError(f'{name}: is for bfloat16 parameters, and model.dtype = "{dtype}"; set model.dtype = "bfloat16"')
         if used and not is_installed("transformer_engine"):
