@@ -13,7 +13,7 @@ demo: $(READY)
 	@.venv/bin/python -m megatron_r1 demo $(if $(SEED),run.seed=$(SEED)) $(ARGS)
 
 r1-tiny: $(READY)
-	@.venv/bin/python -m megatron_r1 r1-tiny $(if $(SEED),seed=$(SEED)) $(ARGS)
+	@.venv/bin/python -m megatron_r1 r1-tiny $(if $(filter-out 1,$(SEED)),seed=$(SEED) dir=runs/r1-tiny-$(SEED)) $(ARGS)
 
 test: $(READY)
 	@.venv/bin/ruff check megatron_r1 tests tools benchmarks

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from megatron_r1 import config as configuration
-from megatron_r1 import data, report
+from megatron_r1 import data, report, runs
 from megatron_r1.__main__ import run
 from megatron_r1.demo import CONFIGS, TERSE, write_examples
 from megatron_r1.run_folder import DONE
@@ -23,6 +23,7 @@ def r1_tiny(overrides: list[str]) -> int:
     file, base_file = (str(CONFIGS / "tiny" / name) for name in ("pipeline.toml", "base.toml"))
     pipeline = configuration.load("pipeline", file, overrides)
     root, seed = Path(pipeline.dir), pipeline.seed
+    runs.check_seed(root / "base", seed)
     root.mkdir(parents=True, exist_ok=True)
     problems, cold_start = root / "problems.jsonl", root / "cold_start.jsonl"
     write_problems(problems, seed=seed)

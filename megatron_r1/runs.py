@@ -54,6 +54,13 @@ def effective_config(folder: Path) -> tuple[str, dict[str, Any]]:
     return newest.stem, tomllib.loads(newest.read_text())
 
 
+def check_seed(folder: Path, seed: int) -> None:
+    """Raise ValueError where a run in this folder, done or half done, has another seed: to go on from it would mix the two."""
+    has = effective_config(folder)[1].get("run", {}).get("seed", seed) if any(folder.glob("*.toml")) else seed
+    if has != seed:
+        raise ValueError(f"seed = {seed}: {folder} is a run of seed {has}; set that, or another dir")
+
+
 def read_records(file: Path) -> list[dict[str, Any]]:
     """All whole lines of a JSONL; a run may be writing the last one, or may have died at it."""
     lines = file.read_text().splitlines() if file.is_file() else []

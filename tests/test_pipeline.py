@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_r1 import config
+from megatron_r1.__main__ import main
 from megatron_r1.config_stages import PipelineConfig
 from megatron_r1.stages import pipeline
 from megatron_r1.stages.pipeline import NAMES, Job
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def settings(folder: Path, **changes: Any) -> PipelineConfig:
@@ -76,6 +80,28 @@ def test_what_is_done_is_passed_over_and_what_fails_ends_the_pipeline(tmp_path: 
     ran.clear()
     assert pipeline.main(settings(tmp_path, last="r1_cold_start_sft"), run) == 0
     assert ran == []
+
+
+def test_what_another_seed_has_done_is_not_taken_for_this_ones(tmp_path: Path):
+    finished(tmp_path, "r1_zero")
+    (tmp_path / "r1_zero/grpo.toml").write_text("[run]\nseed = 1\n")
+    assert pipeline.jobs(settings(tmp_path))
+    with pytest.raises(ValueError, match=f"seed = 2: {tmp_path}/r1_zero is a run of seed 1; set that, or another dir"):
+        pipeline.jobs(settings(tmp_path, seed=2))
+
+
+def test_r1_tiny_refuses_a_folder_of_another_seed_and_leaves_it_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/sft.toml").write_text("[run]\nseed = 1\n")
+    assert main(["r1-tiny", f"dir={tmp_path}", "seed=2"]) == 2
+    assert f"seed = 2: {tmp_path}/base is a run of seed 1" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize(("seed", "overrides"), [("", ""), ("1", ""), ("2", "seed=2 dir=runs/r1-tiny-2")])
+def test_make_gives_each_seed_of_r1_tiny_a_folder_of_its_own(seed: str, overrides: str):
+    said = subprocess.run(["make", "-n", "r1-tiny", f"SEED={seed}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1].split("r1-tiny", 1)[1].strip() == overrides
 
 
 def test_a_stage_that_saved_on_request_ends_the_pipeline_without_an_error(tmp_path: Path):

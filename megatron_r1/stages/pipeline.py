@@ -79,7 +79,8 @@ def main(config: PipelineConfig, run: Callable[[Job], int]) -> int:
 
 
 def jobs(config: PipelineConfig) -> list[Job]:
-    """The runs from `first` to `last`, in the paper's order; raises ValueError for a stage that is unknown or begins from nothing."""
+    """The runs from `first` to `last`, in the paper's order; raises ValueError for a stage that is unknown, begins from nothing or has run
+    with another seed."""
     for setting, names in (("stages", config.stages), ("first", [config.first]), ("last", [config.last])):
         for name in names:
             if name and name not in NAMES:
@@ -90,6 +91,8 @@ def jobs(config: PipelineConfig) -> list[Job]:
     for stage in GRAPH[begin:end]:
         if stage.name in config.stages:
             found += of_stage(config, stage)
+    for job in found:
+        runs.check_seed(job.folder, config.seed)
     return found
 
 
