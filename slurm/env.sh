@@ -103,7 +103,7 @@ preflight() {
 
 # submit_next: what THEN says comes after this run
 submit_next() {
-  if [ -n "${THEN:-}" ]; then say "next: $(env -u THEN -u RUN bash -c "$THEN")"; fi
+  if [ -n "${THEN:-}" ]; then say "next: $(env -u THEN -u RUN -u STAGE bash -c "$THEN")"; fi
 }
 
 # successor SCRIPT ARG...: queue the job that goes on from the last checkpoint, whatever ends this one: the time limit, a

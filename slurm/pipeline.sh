@@ -12,10 +12,14 @@ FILE=${1:?usage: bash slurm/pipeline.sh STAGES.txt [FROM]} FROM=${2:-1}
 mapfile -t STAGES < <(sed 's/#.*//' "$FILE" | grep '[^[:space:]]')
 if [ "$FROM" -gt "${#STAGES[@]}" ]; then echo "all ${#STAGES[@]} stages of $FILE are done"; exit; fi
 read -ra words <<<"${STAGES[FROM - 1]}"
-name=${words[0]} stage=${words[1]} settings=(STAGE="$stage") script=slurm/grpo.sh
+name=${words[0]} stage=${words[1]} settings=(STAGE="$stage")
 set -- "${words[@]:2}"
 while [[ ${1:-} =~ ^[A-Z_]+= ]]; do settings+=("$1") && shift; done
-if [ -f "slurm/$stage.sh" ]; then script=slurm/$stage.sh; fi # the others are stages that sample
+case $stage in
+  sft | reward-model) script=slurm/sft.sh ;;
+  convert) script=slurm/convert.sh ;;
+  *) script=slurm/grpo.sh ;; # stages that sample
+esac
 
 # what the stage before was given is not for this one
 unset RUN THEN STAGE NODES TRAIN_NODES ROLLOUT_NODES SERVERS SERVER_NODES PLACEMENT

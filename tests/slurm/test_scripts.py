@@ -89,6 +89,15 @@ def test_a_dry_run_of_a_stage_without_a_trainer_is_one_process_beside_the_server
     assert {"--ntasks=3", "serve", stage} <= set(step(shown, "rollout"))
 
 
+def test_a_dry_run_of_a_reward_model_trains_it_as_sft_does():
+    shown = dry_run("slurm/sft.sh", "a.toml", STAGE="reward-model", NODES="3", TRAIN_NODES="2", GPUS="8")
+    assert {"--nodelist=node001,node002", "--ntasks=16", "a.toml", "parallel.world_size=16"} <= set(step(shown, "reward-model"))
+
+
+def test_a_stage_that_samples_is_not_trained_without_servers():
+    assert "STAGE = grpo: no stage that only trains; use slurm/grpo.sh" in dry_run("slurm/sft.sh", "a.toml", code=2, STAGE="grpo")
+
+
 def test_a_dry_run_puts_every_step_into_the_container():
     shown = dry_run("slurm/grpo.sh", "a.toml", IMAGE="/images/r1.sqsh", MOUNTS="/shared:/shared")
     for name in ("preflight", "allreduce", "grpo", "rollout"):
@@ -114,13 +123,15 @@ def test_a_dry_run_of_a_pipeline_shows_each_stage_with_its_own_settings(tmp_path
         "cold sft NODES=9 TRAIN_NODES=8 a.toml optimizer.lr=1e-5\n\n"
         "rl grpo NODES=7 ROLLOUT_NODES=4 SERVER_NODES=2 b.toml model.path=runs/cold/hf   # on what the first made\n"
         "pick reject ROLLOUT_NODES=4 c.toml\n"
+        "helpful reward-model NODES=2 d.toml\n"
     )
     shown = dry_run("slurm/pipeline.sh", f"{tmp_path}/stages.txt").splitlines()
     assert shown == [
         "NODES=9 TRAIN_NODES=8 sbatch -J cold --nodes=9 slurm/sft.sh a.toml optimizer.lr=1e-5",
         "NODES=7 ROLLOUT_NODES=4 SERVER_NODES=2 sbatch -J rl --nodes=7 slurm/grpo.sh b.toml model.path=runs/cold/hf",
         "ROLLOUT_NODES=4 sbatch -J pick slurm/grpo.sh c.toml",
-        f"all 3 stages of {tmp_path}/stages.txt are done",
+        "NODES=2 sbatch -J helpful --nodes=2 slurm/sft.sh d.toml",
+        f"all 4 stages of {tmp_path}/stages.txt are done",
     ]
     assert dry_run("slurm/pipeline.sh", f"{tmp_path}/stages.txt", "3").startswith("ROLLOUT_NODES=4 sbatch -J pick")
 
