@@ -98,6 +98,16 @@ def test_a_stage_that_samples_is_not_trained_without_servers():
     assert "STAGE = grpo: no stage that only trains; use slurm/grpo.sh" in dry_run("slurm/sft.sh", "a.toml", code=2, STAGE="grpo")
 
 
+def test_a_dry_run_of_a_conversion_goes_on_with_what_is_there_unless_it_is_to_be_overwritten():
+    def arguments(*given: str) -> list[str]:
+        words = step(dry_run("slurm/convert.sh", *given), "convert")
+        return words[words.index("convert") + 1 :]
+
+    assert arguments("hf-to-megatron", "in", "out") == ["hf-to-megatron", "in", "out", "--resume"]
+    assert arguments("fp8-cast", "in", "out", "--overwrite") == ["fp8-cast", "in", "out", "--overwrite"]
+    assert arguments("verify", "out") == ["verify", "out"]
+
+
 def test_a_dry_run_puts_every_step_into_the_container():
     shown = dry_run("slurm/grpo.sh", "a.toml", IMAGE="/images/r1.sqsh", MOUNTS="/shared:/shared")
     for name in ("preflight", "allreduce", "grpo", "rollout"):
