@@ -8,6 +8,7 @@ import pytest
 
 from megatron_r1 import checks, config, data, worked_examples
 from megatron_r1.__main__ import main
+from megatron_r1.conversations import Conversations
 from megatron_r1.problem import Problem
 from megatron_r1.rewards import accuracy, format, language
 
@@ -67,7 +68,7 @@ def test_the_command_writes_what_the_cold_start_learns_and_not_what_it_is_tested
     settings = config.load("sft", CONFIG, given[1:])
     checks.check_data(settings)
     _, held_out = data.split_held_out(data.load_problems(**settings.data.problems(), seed=1), 10, seed=1)
-    learned = {conversation.messages[0]["content"] for conversation in data.load_conversations(str(written))}
+    learned = {conversation.messages[0]["content"] for conversation in Conversations(str(written))}
     assert len(learned) == 30
     assert not {problem.prompt for problem in held_out} & learned
 
