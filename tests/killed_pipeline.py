@@ -8,6 +8,7 @@ as when a machine fails.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import subprocess
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 import psutil
+from processes import has_ended, is_soon
 
 from megatron_r1 import runs
 
@@ -38,8 +40,10 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     """Everything that the process has started, and itself."""
     tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for one in tree:
-        one.kill()
-    psutil.wait_procs(tree)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            one.kill()
+    process.wait()
+    assert is_soon(lambda: all(has_ended(one.pid) for one in tree), 60.0), f"{tree} still run"
 
 
 def main(unbroken: Path, scratch: Path, kills: int, seed: int) -> bool:

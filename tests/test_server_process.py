@@ -7,11 +7,11 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from processes import has_ended, is_soon
 from servers import TINY_V3
 
 from megatron_r1.config_types import Rollout
@@ -22,14 +22,6 @@ from megatron_r1.rollout.server_process import ServerProcess, server_command
 
 def process(script: str, log_file: Path, *, port: int | None = None) -> ServerProcess:
     return ServerProcess([sys.executable, "-c", script], {}, port=port or free_port(), log_file=log_file)
-
-
-def wait_for_end(pid: int) -> None:
-    """Ended may still mean a zombie, until init reaps it."""
-    limit = time.monotonic() + 5.0
-    while (stat := Path(f"/proc/{pid}/stat")).exists() and stat.read_text().rsplit(")", 1)[1].split()[0] not in "ZX":
-        assert time.monotonic() < limit, f"process {pid} still runs"
-        time.sleep(0.01)
 
 
 def test_a_port_in_use_is_said_before_anything_starts(tmp_path):
@@ -46,9 +38,10 @@ def test_a_port_in_use_is_said_before_anything_starts(tmp_path):
 def test_a_slow_start_ends_at_its_limit_with_the_log_s_last_line(tmp_path):
     server = process("print('loading weights', flush=True); import time; time.sleep(60)", tmp_path / "log")
     server.start()
-    message = r"not ready after 1 s \(rollout.start_timeout_seconds: raise it\); its log says 'loading weights'"
+    assert is_soon((tmp_path / "log").read_text)
+    message = r"not ready after 3 s \(rollout.start_timeout_seconds: raise it\); its log says 'loading weights'"
     with pytest.raises(ValueError, match=message):
-        server.wait_ready(1.0)
+        server.wait_ready(3.0)
     server.stop()
     assert not server.alive
 
@@ -68,10 +61,10 @@ def test_stop_ends_what_the_server_started_too(tmp_path):
     script = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
     server = process(script, tmp_path / "log")
     server.start()
-    while not (child := (tmp_path / "log").read_text().strip()):
-        time.sleep(0.01)
+    assert is_soon(lambda: (tmp_path / "log").read_text().endswith("\n"))
     server.stop()
-    wait_for_end(int(child))
+    child = int((tmp_path / "log").read_text())
+    assert is_soon(lambda: has_ended(child))
 
 
 def test_a_server_ends_with_the_process_that_started_it(tmp_path):
@@ -84,7 +77,7 @@ def test_a_server_ends_with_the_process_that_started_it(tmp_path):
     child = int(owner.stdout.readline())
     owner.kill()
     owner.wait()
-    wait_for_end(child)
+    assert is_soon(lambda: has_ended(child))
 
 
 def folder(tmp_path: Path, **changes) -> str:
