@@ -37,9 +37,8 @@ def server(tmp_path_factory) -> Iterator[RealServer]:
     old, new = tiny_model(1), tiny_model(2)
     save(old, folder / "model")
     port = free_port()
-    argv, env = server_command(
-        str(folder / "model"), port=port, dtype="float32", max_model_len=256, max_num_seqs=32, kv_cache_bytes=48 << 20
-    )
+    settings = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 32, "kv_cache_bytes": 48 << 20}
+    argv, env = server_command(str(folder / "model"), port=port, **settings, extra=["--enable-server-load-tracking"])  # for /load
     process = ServerProcess(argv, env, port=port, log_file=folder / "server.log")
     process.start()
     engine = VLLMServers([process.url], max_num_seqs=32, request_limit_seconds=120.0, start_limit_seconds=START_SECONDS)

@@ -6,11 +6,10 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from processes import threads
+from processes import in_group, is_soon, stat, threads
 from servers import checkpoint_weights, logprobs
 
 from megatron_r1.rollout.engine import EngineError, EngineLost, Request, SamplingParams
@@ -30,6 +29,12 @@ def put(server, model, version: int) -> None:
 
 def generate(engine, some, **sampling) -> dict:
     return dict(engine.generate(some, SamplingParams(**{"max_tokens": 12, "n": 4, **sampling})))
+
+
+def under_way(server) -> int:
+    """How many requests for completions the server has taken and not answered."""
+    load = server.engine.servers.call(server.process.url, "/load", method="GET")
+    return server.engine.servers.submit(load).result()["server_load"]
 
 
 def test_completions_carry_the_sampler_s_own_logprobs_and_why_they_ended(server):
@@ -58,8 +63,7 @@ def test_completions_of_a_group_differ_and_a_seed_repeats_them_in_any_company(se
 
 def test_an_engine_s_groups_share_a_thread_and_those_that_bring_weights_another(server):
     put(server, server.old, 1)
-    group = server.process.process.pid
-    names = [name for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if os.getpgid(pid) == group for name in threads(pid)]
+    names = [name for pid in in_group(server.process.process.pid) for name in threads(pid)]
     assert names.count("gloo_tcp_loop") == 2
 
 
@@ -109,12 +113,14 @@ def test_requests_in_flight_are_kept_through_an_update_and_count_as_the_old_vers
     put(server, server.old, 20)
     keeping = VLLMServers([server.process.url], max_num_seqs=32, pause="keep")
     groups: dict = {}
+    before = under_way(server)
     thread = threading.Thread(target=lambda: groups.update(generate(server.engine, requests()[:1], max_tokens=200)))
     thread.start()
+    assert is_soon(lambda: under_way(server) > before)
     for _ in range(3):  # the server takes requests in order: when these are done, the long one runs
         generate(keeping, requests()[1:2], max_tokens=1, n=1)
     keeping.update_weights(checkpoint_weights(server.new), 21)
-    thread.join(30)
+    thread.join(120)
     keeping.close()
     assert [len(c.token_ids) for c in groups[0]] == [200] * 4
     assert {c.weight_version for c in groups[0]} == {20}
@@ -126,15 +132,8 @@ def test_requests_in_flight_are_kept_through_an_update_and_count_as_the_old_vers
 
 def group_rss_mib(leader: int) -> float:
     """Resident memory of all processes in a process group."""
-    pages = 0
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and (folder / "stat").exists():
-            try:
-                fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
-                pages += int(fields[21]) if int(fields[2]) == leader else 0
-            except OSError:
-                continue  # it has just ended
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    pages = [int(page) for pid in in_group(leader) for page in stat(pid)[21:22]]
+    return sum(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def test_20_updates_do_not_grow_the_server(server):
@@ -151,19 +150,22 @@ def test_20_updates_do_not_grow_the_server(server):
 def test_a_server_killed_in_the_middle_comes_back_and_loses_nothing(server):
     put(server, server.old, 60)
     long = {"max_tokens": 200, "n": 8}
+    before, started = under_way(server), time.monotonic()
     expected = generate(server.engine, requests(), **long)
+    seconds, killed = time.monotonic() - started, []
 
     def kill() -> None:
-        time.sleep(0.5)
+        assert is_soon(lambda: under_way(server) == before + len(PROMPTS))
+        time.sleep(seconds / 3)
+        killed.append(time.monotonic())
         os.killpg(server.process.process.pid, signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
     thread.start()
-    started = time.monotonic()
     found = {}
     with pytest.raises(EngineLost, match="requests lost") as lost:
         found.update(server.engine.generate(requests(), SamplingParams(**long)))
-    assert time.monotonic() - started < 20.0
+    assert time.monotonic() - killed[0] < 20.0
     thread.join()
 
     server.process.restart()
