@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from megatron_r1.processes import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 PACKAGES = "apt-get install slurm-wlm munge shellcheck gcc libslurm-dev"
@@ -46,13 +48,15 @@ class Cluster:
         self.folder.chmod(0o755)  # munged asks it of its socket's folder
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
         self.env |= {"SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1", "NODE_GBPS": "0", "PRIVATE_API_KEY": "secret"}
+        self.env |= {"PORT": str(free_port()), "SHM_MIB": "1"}  # by itself preflight wants 1 GiB; Docker gives a container 64 MiB
         (self.folder / "bin").mkdir()
         shutil.copy(HERE / "nvidia-smi", self.folder / "bin")
         self.env["PATH"] = f"{self.folder / 'bin'}:{self.env['PATH']}"
 
     def __enter__(self) -> Cluster:
+        ports = [free_port() for _ in range(1 + self.size[0])]
         try:
-            subprocess.run([HERE / "up.sh", self.folder, *map(str, self.size)], check=True, timeout=120)
+            subprocess.run([HERE / "up.sh", self.folder, *map(str, (*self.size, *ports))], check=True, timeout=120)
         except BaseException:
             self.__exit__()
             raise
@@ -75,6 +79,10 @@ class Cluster:
             assert time.monotonic() < limit, f"not within {seconds:g} s: {what}\n{self.run('squeue')}\n{self.logs()}"
             time.sleep(0.2)
         return value
+
+    def wait_idle(self) -> None:
+        """Until every node waits for work: what is submitted then starts at once."""
+        self.wait(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D") == str(self.size[0]), "all nodes idle")
 
     def lose_node(self, name: str) -> None:
         """Slurm takes a node for dead: it kills what runs there and tells the jobs. The node's daemon answers, so it is soon back."""

@@ -1,9 +1,19 @@
 #!/usr/bin/env bash
 # A real Slurm on this one machine: NODES virtual nodes with GPUS fake GPUs each. Needs root, and apt-get install
 # slurm-wlm munge gcc libslurm-dev.
-# usage: up.sh DIR NODES GPUS; then SLURM_CONF=DIR/slurm.conf; down.sh DIR ends it
+# usage: up.sh DIR NODES GPUS [PORT...]; then SLURM_CONF=DIR/slurm.conf; down.sh DIR ends it
+# The first PORT is the controller's, the others are the nodes'; without any, those from 16817 on.
 set -euo pipefail
 D=$1 N=$2 G=$3 H=$(hostname -s)
+shift 3
+if [ $# = 0 ]; then mapfile -t ports < <(seq 16817 $((16817 + N))); else ports=("$@"); fi
+for port in "${ports[@]}"; do
+  if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+    echo "port $port: in use; end the process that listens there (another Slurm? down.sh), or give other ports" >&2
+    exit 1
+  fi
+done
+node_ports=$(IFS=, && echo "${ports[*]:1}")
 mkdir -p "$D"/{state,spool,log,dev}
 for ((i = 0; i < G; i++)); do [ -e "$D/dev/gpu$i" ] || mknod "$D/dev/gpu$i" c 1 3; done # Slurm wants character devices
 for ((i = 1; i <= N; i++)); do grep -qE "\sn$i$" /etc/hosts || echo "127.0.2.$i n$i" >>/etc/hosts; done # an address for each node
@@ -11,7 +21,7 @@ for ((i = 1; i <= N; i++)); do grep -qE "\sn$i$" /etc/hosts || echo "127.0.2.$i 
 cat >"$D/slurm.conf" <<EOC
 ClusterName=ci
 SlurmctldHost=$H(127.0.0.1)
-SlurmctldPort=16817
+SlurmctldPort=${ports[0]}
 AuthInfo=socket=$D/munge.sock,cred_expire=10
 StateSaveLocation=$D/state
 SlurmdSpoolDir=$D/spool/%n
@@ -29,7 +39,7 @@ SlurmdTimeout=10
 KillWait=5
 GresTypes=gpu
 PlugStackConfig=$D/plugstack.conf
-NodeName=n[1-$N] Port=[17001-$((17000 + N))] CPUs=32 Sockets=2 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:h100:$G
+NodeName=n[1-$N] Port=[$node_ports] CPUs=32 Sockets=2 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:h100:$G
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE
 EOC
 echo "Name=gpu Type=h100 File=$D/dev/gpu[0-$((G - 1))]" >"$D/gres.conf"
