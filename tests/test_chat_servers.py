@@ -42,7 +42,7 @@ def ask(client: ChatServers, *texts: str) -> list[Reply]:
 def test_a_request_carries_the_sampling_the_seed_the_model_and_the_key(made):
     stub = made(ChatStub, lambda text, body: said(text.upper(), tokens=3))
     client = made(ChatServers, [stub.url + "/v1/"], api_key="secret")
-    assert client.wait_ready(1.0) == "org/teacher"
+    assert client.wait_ready(10.0) == "org/teacher"
     assert ask(client, "a", "b") == [Reply("A", 3, "stop"), Reply("B", 3, "stop")]
     [one] = [body for body in stub.asked if body["seed"] == 1]
     messages = [{"role": "user", "content": "b"}]
@@ -101,13 +101,13 @@ def test_the_model_is_the_one_that_is_served_or_the_one_that_is_named(made):
     def served(*ids: str) -> str:
         return made(ChatStub, lambda text, body: said("a"), {"data": [{"id": i} for i in ids]}).url
 
-    assert made(ChatServers, [served("a", "b")], model="b").wait_ready(1.0) == "b"
+    assert made(ChatServers, [served("a", "b")], model="b").wait_ready(10.0) == "b"
     for urls, model, message in (
         ([served("a", "b")], "", "serves not one model but a, b; name one of them"),
         ([served("a")], "c", "serves no model 'c' but a"),
         ([served("a"), served("b")], "", r"serve different models \(a, b\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            made(ChatServers, urls, model=model).wait_ready(1.0)
+            made(ChatServers, urls, model=model).wait_ready(10.0)
     with pytest.raises(NotReady, match="no answer in time"):
         made(ChatServers, [f"http://127.0.0.1:{free_port()}"]).wait_ready(0.3)
