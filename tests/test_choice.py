@@ -36,6 +36,20 @@ def problem(answer: str) -> Problem:
         ("**C.**", "C"),
         ("B) because it is so", "B"),
         ("\\boxed{A} or rather \\boxed{C}", "C"),
+        ("<answer>\\(C\\)</answer>", "C"),
+        ("The correct answer is \\(C\\).", "C"),
+        ("\\boxed{\\left(\\textit{C}\\right)}", "C"),
+        ("\\boxed{\\boldsymbol{C}}", "C"),
+        ("\\boxed{\\text{C} \\text{: } 42}", "C"),
+        ("\\boxed{C \\text{ (42 J)}}", "C"),
+        ("The answer must be C.", "C"),
+        ("C is the correct answer, and A is not.", "C"),
+        ("\u7b54\u6848\u662f C", "C"),  # "the answer is C"
+        ("\u7b54\u6848\uff1a**C**\u3002", "C"),
+        ("\u6b63\u786e\u9009\u9879\u662f C\u3002", "C"),
+        ("\u6545\u9009C", "C"),  # "so choose C"
+        ("<answer>\u7b54\u6848\u662fC</answer>", "C"),
+        ("\\boxed{\\text{\u9009\u9879 C}}", "C"),
         # not a choice
         ("(A), (B), (C) or (D)", None),
         ("\\boxed{A, B, C, D}", None),
@@ -78,6 +92,8 @@ def test_a_reference_that_is_no_letter_is_an_error_and_not_a_0(answer: str):
         ("<think>x</think><answer>the red house</answer>", "The Red House", 1.0),
         ('\\boxed{\\text{red, "blue" ,green}}', "Red,blue, green.", 1.0),
         ("<answer> **NORTH**\n</answer>", "north", 1.0),
+        ("\\boxed{Zoey\\ is\\ a\\ \\textit{knight}}", "Zoey is a knight", 1.0),
+        ("<answer>\u7ea2\u3001\u84dd\u3002</answer>", "\u7ea2, \u84dd", 1.0),  # "red, blue."
         ("<answer>\uff21\uff22</answer>", "ab", 1.0),
         ("<answer>'knave'!</answer>", "knave", 1.0),
         ("<answer>O'Brien</answer>", "O'Brien", 1.0),

@@ -222,7 +222,13 @@ BEFORE = "".join(f"{n}\n" for n in "abcdefabc")
 )
 def test_a_hunk_goes_where_its_lines_are_nearest_to_where_it_says(hunks: str, after: str):
     changed = patches.apply({"f": BEFORE, "g": "g"}, f"diff --git a/f b/f\n--- a/f\t2025\n+++ b/f\t2025\n{hunks}")
-    assert changed == {"f": "".join(f"{n}\n" for n in after), "g": "g\n"}
+    assert changed == {"f": "".join(f"{n}\n" for n in after), "g": "g"}
+
+
+@pytest.mark.parametrize("text", ["a\nb\n", "a\nb", "a\r\nb\r\n", "a\nb\n'\x0c\u2028'\n"])
+def test_a_diff_changes_its_lines_and_nothing_else(text: str):
+    diff = "--- a/f\n+++ b/f\n@@ -1,2 +1,2 @@\n-a\n+A\n b\n"
+    assert patches.apply({"f": text, "g": text}, diff) == {"f": text.replace("a", "A"), "g": text}
 
 
 def test_a_context_line_that_is_empty_may_have_lost_its_space():

@@ -23,6 +23,16 @@ RIGHT = [
     ("<answer>(1, 2)</answer>", "(1,2)"),
     ("<answer>3,000</answer>", "3000"),
     ("<answer>Paris</answer>", "Paris"),
+    ("<answer>204.</answer>", "204"),
+    ("<answer>$204$.</answer>", "204"),
+    ("<answer>**204**</answer>", "204"),
+    ("<answer> 204, </answer>", "204"),
+    ("<answer>18 dollars.</answer>", "18 dollars"),
+    ("<answer>$18</answer>", "18"),
+    ("<answer>.5</answer>", "0.5"),
+    ("<answer>Paris.</answer>", "Paris"),
+    ("\\boxed{204}", "204."),
+    ("\\boxed{\\text{\u7532}}", "\u7532\u3002"),
     ("\\boxed{2} and then an open \\boxed{3", "2"),
 ]
 WRONG = [
@@ -38,6 +48,8 @@ WRONG = [
     ("<answer>12</answer>", "1,2"),
     ("<answer>London</answer>", "Paris"),
     ("<answer>x^2</answer>", "x^2+1"),
+    ("<answer>2.5</answer>", "25"),
+    (f"\\boxed{{{'9' * 5000}}}", "204"),
 ]
 
 
@@ -112,6 +124,9 @@ CHINESE = "\u6211\u4eec\u5148\u7b97\u4e00\u4e0b"  # six characters
         ("\u043f\u0440\u0438\u0432\u0435\u0442 world", "Hi", {}, 0.5),
         ("3 + 4x = \\frac{1}{2} y", "", {}, 1.0),
         ("3+4=7", CHINESE, {}, 1.0),
+        (CHINESE + " $\\triangle ABC$ \\(AB \\perp dx\\) \\begin{cases} 1 \\end{cases}", CHINESE, {}, 1.0),
+        (CHINESE + " $$\\text{maximum of}\n x$$", CHINESE, {}, 6 / 7),
+        (f"we add ${CHINESE}$", "What is 1+1?", {}, 0.25),
         ("", "What is 1+1?", {}, 0.0),
     ],
 )

@@ -15,7 +15,10 @@ from types import ModuleType
 from megatron_r1.problem import Problem
 from megatron_r1.verifying.completion import final_answer
 
-NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+NUMBER = re.compile(r"[+-]?\d{1,99}(\.\d{1,99})?")
+TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
+STOPS = " .,;\u3002\uff0c\uff1b"  # that a sentence has after its answer
+LONGEST = 2000  # characters of an answer; of what never ends, math-verify would make numbers that Python refuses
 
 # It warns that it runs without a time limit: the verifier pool has one, and it works off the main thread.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -37,6 +40,8 @@ def is_equal(found: str, reference: str) -> bool:
     found, reference = _bare(found), _bare(reference)
     if found == reference:
         return True
+    if len(found) > LONGEST:
+        return False
     if NUMBER.fullmatch(found) and NUMBER.fullmatch(reference):
         return Fraction(found) == Fraction(reference)
     expected = _parse(reference)
@@ -47,7 +52,15 @@ def is_equal(found: str, reference: str) -> bool:
 
 
 def _bare(answer: str) -> str:
-    return " ".join(answer.strip().strip("$").split())
+    """The answer without what surrounds it: the sentence's full stop, mathematics' dollars, emphasis, a box of text."""
+    bare, before = " ".join(answer.split()), ""
+    while bare != before:
+        before, bare = bare, bare.rstrip(STOPS).lstrip()
+        for mark in "$*`":
+            if len(bare) > 1 and bare[0] == bare[-1] == mark:
+                bare = bare[1:-1]
+    words = TEXT.fullmatch(bare)
+    return (words[1] if words else bare).strip("$ ")
 
 
 @lru_cache(maxsize=4096)

@@ -3,7 +3,7 @@
 The choice is, first found first taken:
 
     the final answer of completion.py: the last box, or the last <answer>       \\boxed{C}  <answer>(C) 42 J</answer>
-    the last "answer is" or "Answer:" of the conclusion                          **Answer: C**
+    the last "answer is" or "Answer:" of the conclusion, or the like of it       **Answer: C**  C is the correct answer.
     the option in brackets, if the conclusion has only one                       Therefore (C).
     the whole conclusion                                                         C
 """
@@ -13,13 +13,18 @@ from __future__ import annotations
 import re
 
 from megatron_r1.problem import Problem
-from megatron_r1.verifying.completion import conclusion, final_answer
+from megatron_r1.verifying.completion import conclusion, final_answer, without_marks
 
-MARKS = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}$*`]")
 # a letter alone, or one that a bracket, a full stop or a colon sets off from the option's text
-OPTION = re.compile(r"(?i:option |choice )?(?:\(([A-H])\)(?:\s.*)?|([A-H])[).:]?|([A-H])[).:]\s.*)", re.DOTALL)
+OPTION = re.compile(
+    r"(?i:option |choice |\u9009\u9879 ?)?(?:\(([A-H])\)(?:\s.*)?|([A-H])[).:]?|([A-H])\s*[).:]\s.*|([A-H])\s+\(.*\))", re.DOTALL
+)
+# English and Chinese: "the answer is C", "da an shi C", "xuan C"
 SAID = re.compile(
-    r"\b(?i:answer|(?:correct|right|best) (?:option|choice))(?i:\s+is)?\s*:?\s*(?i:option\s+)?(?:\(([A-H])\)|([A-H])\b(?!['\w]))"
+    r"(?:\b(?i:answer|(?:correct|right|best) (?:option|choice))(?i:\s+is|\s+must be)?"
+    r"|\u7b54\u6848\s*[\u662f\u4e3a]?|\u9009\u9879\s*[\u662f\u4e3a]?|\u9009(?!\u9879))"
+    r"\s*[:\uff1a]?\s*(?i:option\s+|\u9009\u9879\s*)?(?:\(([A-H])\)|([A-H])(?![\w']))"
+    r"|\b([A-H]) (?i:is the (?:correct|right|best) (?:answer|option|choice))\b"
 )
 BRACKETED = re.compile(r"\(([A-H])\)")
 
@@ -45,15 +50,15 @@ def chosen(completion: str) -> str | None:
 
 def letter(text: str) -> str | None:
     """The letter of a text that is an option: "C", "(c)", "C. 42 J"; None for any other."""
-    bare = MARKS.sub("", text).strip()
+    bare = without_marks(text).strip()
     found = OPTION.fullmatch(bare.upper() if len(bare) <= len("(c).") else bare)
     return next(filter(None, found.groups())) if found else None
 
 
 def _said(text: str) -> str | None:
     """The letter that a text ends up naming."""
-    bare = MARKS.sub("", text)
-    said = [one or other for one, other in SAID.findall(bare)]
+    bare = without_marks(text)
+    said = [next(filter(None, letters)) for letters in SAID.findall(bare)]
     if said:
         return said[-1]
     options = set(BRACKETED.findall(bare))

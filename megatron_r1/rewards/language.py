@@ -2,7 +2,8 @@
 
 The paper does not say how it finds words. Here the script decides: a run of Latin letters is an English word, each Han
 character a Chinese one, a run of other letters a word of neither. Formulas have no language: digits and symbols, LaTeX
-commands, and single Latin letters (variables) are not words. French therefore counts as English; Japanese kana do not count
+commands and environments, single Latin letters (variables) and, where dollars or brackets mark a formula, names of up to four
+(ABC, max, dx) are not words. French therefore counts as English; Japanese kana do not count
 as Chinese.
 """
 
@@ -14,7 +15,9 @@ from typing import Literal
 
 from megatron_r1.problem import Problem
 
-LATEX_COMMAND = re.compile(r"\\[a-zA-Z]+")
+FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]", re.DOTALL)
+NAME = re.compile(r"(?<![a-zA-Z])[a-zA-Z]{1,4}(?![a-zA-Z])")
+LATEX_COMMAND = re.compile(r"\\(?:begin|end)\{[a-zA-Z]+\*?\}|\\[a-zA-Z]+")
 TAG = re.compile(r"</?(think|answer)>")
 WORD = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W\d_\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")
 
@@ -40,7 +43,8 @@ def language_of(text: str) -> str:
 
 def languages(text: str) -> list[str]:
     """The language of each word: "en", "zh" or "other"."""
-    words = WORD.findall(LATEX_COMMAND.sub(" ", TAG.sub(" ", text)))
+    text = FORMULA.sub(lambda formula: NAME.sub(" ", LATEX_COMMAND.sub(" ", formula[0])), TAG.sub(" ", text))
+    words = WORD.findall(LATEX_COMMAND.sub(" ", text))
     return [language for word in words if (language := _language(word))]
 
 

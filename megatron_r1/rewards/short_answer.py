@@ -10,10 +10,11 @@ import re
 import unicodedata
 
 from megatron_r1.problem import Problem
-from megatron_r1.verifying.completion import final_answer
+from megatron_r1.verifying.completion import final_answer, without_marks
 
-MARKS = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}$*`\"\u201c\u201d]")
-ENDS = " .,;:!?'\u2018\u2019"
+QUOTES = re.compile("[\"\u201c\u201d]")
+COMMA = re.compile("\\s*[,\u3001]\\s*")  # and the one that Chinese has in lists
+ENDS = " .,;:!?'\u2018\u2019\u3002"
 
 
 def reward(completion: str, problem: Problem) -> float:
@@ -27,5 +28,5 @@ def reward(completion: str, problem: Problem) -> float:
 
 def normalised(text: str) -> str:
     """What two texts that are the same answer have in common."""
-    text = MARKS.sub("", unicodedata.normalize("NFKC", text))
-    return re.sub(r"\s*,\s*", ", ", " ".join(text.split())).casefold().strip(ENDS)
+    text = QUOTES.sub("", without_marks(unicodedata.normalize("NFKC", text)))
+    return COMMA.sub(", ", " ".join(text.split())).casefold().strip(ENDS)

@@ -6,6 +6,11 @@ import re
 from dataclasses import dataclass
 
 PYTHON = ("python", "python3", "py")
+MARKS = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|it|rm|sf|tt|bb)|boldsymbol|bm|bf|rm|operatorname|left|right)(?![a-zA-Z])"
+    r"|\\[()\[\]]|[{}$*`]"
+)
+SPACES = re.compile(r"\\[ ,;:!]|\\quad(?![a-zA-Z])|~")
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 FENCED = re.compile(r"(?:^|<answer>)[ \t]*(`{3,})([^\n`]*)\n(.*?)^[ \t]*\1[ \t]*(?=$|</answer>)", re.DOTALL | re.MULTILINE)
 
@@ -53,6 +58,11 @@ def last_box(text: str) -> str | None:
                 return text[start + len("\\boxed{") : end]
         start = text.rfind("\\boxed{", 0, start)
     return None
+
+
+def without_marks(text: str) -> str:
+    """The words or the letter of a text, without LaTeX's fonts, spaces and mathematics, and without Markdown's emphasis."""
+    return MARKS.sub("", SPACES.sub(" ", text))
 
 
 def code_blocks(completion: str) -> list[Block]:

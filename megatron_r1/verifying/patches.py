@@ -34,7 +34,7 @@ class Hunk:
 
 def apply(files: Mapping[str, str], diff: str) -> dict[str, str]:
     """The files after the diff. Raises DoesNotApply where it is no diff, or of files or lines that are not there."""
-    texts = {path: text.splitlines() for path, text in files.items()}
+    texts = {path: lines_of(text) for path, text in files.items()}
     reached = dict.fromkeys(files, 0)  # the first line a further hunk may touch
     found = list(hunks(diff))
     if not found:
@@ -43,16 +43,29 @@ def apply(files: Mapping[str, str], diff: str) -> dict[str, str]:
         if hunk.path not in texts:
             raise DoesNotApply(f"no file {hunk.path!r}")
         lines, old, new = texts[hunk.path], hunk.side("-"), hunk.side("+")
-        moved = len(lines) - len(files[hunk.path].splitlines())  # how far the hunks before have shifted the rest
+        moved = len(lines) - len(lines_of(files[hunk.path]))  # how far the hunks before have shifted the rest
         start = _place(lines, hunk, first=reached[hunk.path], moved=moved)
         lines[start : start + len(old)] = new
         reached[hunk.path] = start + len(new)
-    return {path: "\n".join(lines) + "\n" if lines else "" for path, lines in texts.items()}
+    changed = {hunk.path for hunk in found}
+    return {path: joined(texts[path], like=text) if path in changed else text for path, text in files.items()}
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines without their ends. Python's splitlines would end some within a string, as at U+2028."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def joined(lines: list[str], *, like: str) -> str:
+    """The lines as a text whose line ends, the last among them, are those of another."""
+    end = "\r\n" if "\r\n" in like else "\n"
+    return end.join(lines) + (end if lines and (not like or like.endswith("\n")) else "")
 
 
 def hunks(diff: str) -> Iterator[Hunk]:
     """The hunks of a diff, in order. Raises DoesNotApply for one without its file."""
-    lines = diff.splitlines()
+    lines = lines_of(diff)
     path, hunk = "", None
     for line, following in pairwise([*lines, ""]):
         header = HUNK.match(line)
