@@ -93,6 +93,22 @@ def test_fp8_is_exported_as_the_bf16_that_it_stands_for(v3, tmp_path):
     assert {name for name, dtype in dtypes.items() if dtype != torch.bfloat16} == {n for n in dtypes if n.endswith("correction_bias")}
 
 
+def test_config_json_says_what_the_weights_of_a_checkpoint_that_was_not_converted_here_are(v3, tmp_path):
+    edit_config(v3, torch_dtype="bfloat16")
+    quantized = convert(plans.fp8_cast(v3, to="fp8"), tmp_path / "fp8")
+    megatron = convert(plans.hf_to_megatron(v3), tmp_path / "megatron")
+    exported = convert(plans.megatron_to_hf(megatron / RELEASE, side=quantized), tmp_path / "back")
+    assert json.loads((exported / "config.json").read_text()) == json.loads((v3 / "config.json").read_text())
+    again = convert(plans.megatron_to_hf(megatron / RELEASE, side=quantized, to="fp8"), tmp_path / "again")
+    assert (again / "config.json").read_bytes() == (quantized / "config.json").read_bytes()
+    for file in v3.glob("*.safetensors"):
+        save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file)
+    megatron = convert(plans.hf_to_megatron(v3), tmp_path / "fp32")
+    exported = convert(plans.megatron_to_hf(megatron / RELEASE, side=quantized), tmp_path / "fp32 back")
+    config = json.loads((exported / "config.json").read_text())
+    assert (config["torch_dtype"], config.get("quantization_config")) == ("float32", None)
+
+
 def test_only_deepseeks_choice_of_tensors_becomes_fp8(v3, tmp_path):
     quantized = convert(plans.fp8_cast(v3, to="fp8"), tmp_path / "fp8")
     codes = {}

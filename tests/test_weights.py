@@ -172,6 +172,13 @@ def test_dtype_casts_all_but_the_router_bias_and_config_json_says_so(tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_config_json_of_a_written_folder_says_what_its_tensors_are_and_not_what_the_source_had(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/config.json").write_text(json.dumps(tiny(dtype="bfloat16", quantization_config={"quant_method": "fp8"})))
+    write(tmp_path / "out", {"a": torch.ones(1)}.items(), source_folder=tmp_path / "source")
+    assert json.loads((tmp_path / "out/config.json").read_text()) == tiny(dtype="float32")
+
+
 def test_folder_in_use_is_refused_and_kept(tmp_path):
     (tmp_path / "precious").touch()
     with pytest.raises(ValueError, match="is not empty; name another folder or allow overwriting it"):

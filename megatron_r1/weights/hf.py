@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from megatron_r1.weights import fp8
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -104,8 +107,8 @@ def write(
     """A Hugging Face checkpoint in `folder` from a stream of (name, tensor); holds at most one shard in memory.
 
     Configuration, tokenizer, chat template and custom code are copied from `source_folder`, but config.json is `config`
-    where that is given and says something else. Floating tensors become `dtype` where it is given, and config.json then
-    says so. The folder appears complete or not at all. Raises ValueError when it exists with something in it, unless
+    where that is given and says something else. Floating tensors become `dtype` where it is given; config.json says which
+    they are. The folder appears complete or not at all. Raises ValueError when it exists with something in it, unless
     `overwrite`.
     """
     folder, source = Path(folder), Path(source_folder)
@@ -113,8 +116,10 @@ def write(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _copy_description(source, partial, config=config, dtype=dtype)
-    _write_shards(partial, tensors, dtype=dtype, shard_bytes=shard_bytes)
+    config = _copy_description(source, partial, config=config)
+    nbytes = _write_shards(partial, tensors, dtype=dtype, shard_bytes=shard_bytes)
+    if (described := describe(config, nbytes)) != config:
+        _write_json(partial / "config.json", described)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
@@ -129,7 +134,17 @@ def check_target(folder: str | Path, *, overwrite: bool) -> None:
         raise ValueError(f"{folder}: is not empty; name another folder or allow overwriting it")
 
 
-def _copy_description(source: Path, target: Path, *, config: Mapping[str, Any] | None, dtype: torch.dtype | None) -> None:
+def describe(config: Mapping[str, Any], nbytes: Mapping[torch.dtype, int]) -> dict[str, Any]:
+    """The config.json of weights of so many bytes of each dtype: those without FP8 are not quantised, and are what most of them is."""
+    if fp8.DTYPE in nbytes:
+        return dict(config)
+    dtype = max((dtype for dtype in nbytes if dtype.is_floating_point), key=nbytes.get)
+    unquantized = {key: value for key, value in config.items() if key != "quantization_config"}
+    return unquantized | {"dtype" if "dtype" in config else "torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def _copy_description(source: Path, target: Path, *, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns what config.json says then."""
     config_file = source / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{config_file}: missing; give the folder the model came from")
@@ -138,23 +153,22 @@ def _copy_description(source: Path, target: Path, *, config: Mapping[str, Any] |
             shutil.copyfile(file, target / file.name)
     original = json.loads(config_file.read_text())
     config = dict(original if config is None else config)
-    if dtype is not None:
-        key = "dtype" if "dtype" in config else "torch_dtype"
-        config[key] = str(dtype).removeprefix("torch.")
     if config != original:
         _write_json(target / "config.json", config)
     if not (target / "generation_config.json").exists():
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
         _write_json(target / "generation_config.json", {key: config[key] for key in tokens if config.get(key) is not None})
+    return config
 
 
 def _write_shards(
     folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, dtype: torch.dtype | None, shard_bytes: int
-) -> None:
-    """Shards get their final names, which count them, once the stream has ended."""
+) -> Counter[torch.dtype]:
+    """Returns the bytes of each dtype. Shards get their final names, which count them, once the stream has ended."""
+    nbytes: Counter[torch.dtype] = Counter()
     shards: list[list[str]] = []
     held: dict[str, torch.Tensor] = {}
-    total = size = 0
+    size = 0
 
     def flush() -> None:
         save_file(held, folder / f"{len(shards)}.tmp", metadata={"format": "pt"})
@@ -169,19 +183,20 @@ def _write_shards(
             flush()
             size = 0
         held[name] = tensor
+        nbytes[tensor.dtype] += tensor.nbytes
         size += tensor.nbytes
-        total += tensor.nbytes
     flush()
 
     if len(shards) == 1:
         (folder / "0.tmp").rename(folder / SINGLE)
-        return
+        return nbytes
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{i}.tmp").rename(folder / file)
         weight_map.update(dict.fromkeys(names, file))
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    _write_json(folder / INDEX, {"metadata": {"total_size": nbytes.total()}, "weight_map": dict(sorted(weight_map.items()))})
+    return nbytes
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from megatron_r1.models import family
 from megatron_r1.weights import fp8, torch_dist
 from megatron_r1.weights.conversion import Output, Plan, Task
 from megatron_r1.weights.folders import HEADERS, KEPT, SIDE, HFFolder, Layout, MegatronFolder, all_names, model_config, stored_values
-from megatron_r1.weights.hf import COPIED, INDEX, KEPT_FP32, SINGLE
+from megatron_r1.weights.hf import COPIED, INDEX, KEPT_FP32, SINGLE, describe
 from megatron_r1.weights.rules import IGNORED, ConcatRows, Rename, Rule, check_names, rules
 from megatron_r1.weights.safetensors_files import LENGTH_BYTES, Folder, Tensor, make_header, make_index, parse_header
 from megatron_r1.weights.streams import Cast, Files, Quantized, Stream, height, joined
@@ -142,17 +143,20 @@ def _describe(side: Path, layout: Layout, *, to: To, same: bool) -> dict[str, by
     small = {file.name: file.read_bytes() for file in _description(side) if same or file.name != INDEX}
     if not same and set(layout) != {SINGLE}:
         small[INDEX] = _json(make_index(layout))
-    config = json.loads(small["config.json"])
-    if to == "bf16":
-        config.pop("quantization_config", None)
-        config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
-    elif to == "fp8" and "quantization_config" not in config:
-        tensors = [tensor for file in layout.values() for tensor in file]
+    if same and to == "same":
+        return small
+    before = json.loads(small["config.json"])
+    tensors = [tensor for file in layout.values() for tensor in file]
+    nbytes: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        nbytes[tensor.dtype] += tensor.nbytes
+    config = describe(before, nbytes)
+    if fp8.DTYPE in nbytes and "quantization_config" not in config:
         full = [
             t.name.removesuffix(".weight") for t in tensors if len(t.shape) == 2 and t.dtype.itemsize > 1 and t.name.endswith(".weight")
         ]
         config["quantization_config"] = fp8.QUANTIZATION | {"modules_to_not_convert": full}
-    if config != json.loads(small["config.json"]):
+    if config != before:
         small["config.json"] = _json(config)
     return small
 
