@@ -320,6 +320,43 @@ def test_a_target_that_cannot_be_written_is_one_line(v3, capsys):
     assert capsys.readouterr().err.startswith("error: /proc/")
 
 
+def test_a_target_may_be_a_link_to_a_folder_that_is_empty_or_not_there_yet(v3, tmp_path):
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    for name in ("empty", "new"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+        convert(plans.hf_to_megatron(v3), tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+        assert conversion.verify(tmp_path / "disk" / name)
+    assert sorted(path.name for path in tmp_path.rglob(".*.partial")) == []
+
+
+def test_half_of_a_conversion_to_a_link_lies_on_the_disk_of_its_folder(v3, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "megatron")
+    interrupted(v3, tmp_path / "link", monkeypatch)
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == [".megatron.partial"]
+    conversion.run(plans.hf_to_megatron(v3), tmp_path / "link", workers=1, resume=True, overwrite=False)
+    assert conversion.verify(tmp_path / "disk" / "megatron")
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(v3, tmp_path, monkeypatch, capsys):
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
+    assert main(["convert", "hf-to-megatron", str(v3), str(tmp_path / "disk")]) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {tmp_path / 'disk'}: is a mount point, which cannot be replaced; name a folder in it\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "source"]
+
+
+def test_an_error_without_a_number_is_told_in_its_own_words(v3, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(conversion, "_prepare", fail)
+    with pytest.raises(ValueError, match="megatron: the disk is gone; mend it and go on with --resume"):
+        convert(plans.hf_to_megatron(v3), tmp_path / "megatron")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
 def test_a_full_disk_is_one_line_and_the_rest_follows_with_more_room(v3, tmp_path, monkeypatch):
     small = tmp_path / "small"

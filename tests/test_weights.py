@@ -188,6 +188,15 @@ def test_folder_in_use_is_refused_and_kept(tmp_path):
     assert SafetensorsReader(tmp_path)["a"].item() == 1
 
 
+def test_folder_that_is_a_link_is_written_where_it_leads(tmp_path):
+    (tmp_path / "disk" / "hf").mkdir(parents=True)
+    (tmp_path / "hf").symlink_to(tmp_path / "disk" / "hf")
+    for value in (1, 2):
+        write(tmp_path / "hf", {"a": torch.full((1,), float(value))}.items(), source_folder=TINY, overwrite=True)
+        assert SafetensorsReader(tmp_path / "disk" / "hf")["a"].item() == value
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["hf"]
+
+
 def test_failed_write_leaves_no_folder(tmp_path):
     def broken():
         yield "a", torch.ones(1)

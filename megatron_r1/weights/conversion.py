@@ -104,7 +104,7 @@ def run(plan: Plan, target: Path, *, workers: int, resume: bool, overwrite: bool
     try:
         return _run(plan, target, workers=workers, resume=resume, overwrite=overwrite, allow_nan=allow_nan)
     except OSError as error:
-        raise ValueError(f"{error.filename or target}: {os.strerror(error.errno or 0)}; mend it and go on with --resume") from None
+        raise ValueError(f"{error.filename or target}: {error.strerror or error}; mend it and go on with --resume") from None
     finally:
         plan.files.close()
 
@@ -114,7 +114,7 @@ def _run(plan: Plan, target: Path, *, workers: int, resume: bool, overwrite: boo
     if resume and (target / WHOLE).is_file() and read_ledger(target)[0] == about:
         print(f"{target}: is whole already")
         return target
-    check_target(target, overwrite=overwrite)
+    target = check_target(target, overwrite=overwrite)
     partial = target.with_name(f".{target.name}.partial")
     if overwrite:
         shutil.rmtree(partial, ignore_errors=True)

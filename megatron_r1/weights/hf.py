@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -111,8 +112,7 @@ def write(
     they are. The folder appears complete or not at all. Raises ValueError when it exists with something in it, unless
     `overwrite`.
     """
-    folder, source = Path(folder), Path(source_folder)
-    check_target(folder, overwrite=overwrite)
+    folder, source = check_target(folder, overwrite=overwrite), Path(source_folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -125,13 +125,19 @@ def write(
     partial.rename(folder)
 
 
-def check_target(folder: str | Path, *, overwrite: bool) -> None:
-    """Raises ValueError where writing to `folder` would destroy something."""
-    folder = Path(folder)
+def check_target(folder: str | Path, *, overwrite: bool) -> Path:
+    """`folder` without links, so that what is written beside it is on its disk and can take its name.
+
+    Raises ValueError where that would destroy something, or cannot be.
+    """
+    folder = Path(os.path.realpath(folder))
     if folder.is_file():
         raise ValueError(f"{folder}: is a file; name a folder to write the checkpoint to")
+    if os.path.ismount(folder):
+        raise ValueError(f"{folder}: is a mount point, which cannot be replaced; name a folder in it")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"{folder}: is not empty; name another folder or allow overwriting it")
+    return folder
 
 
 def describe(config: Mapping[str, Any], nbytes: Mapping[torch.dtype, int]) -> dict[str, Any]:
