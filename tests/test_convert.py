@@ -157,6 +157,24 @@ def test_a_ledger_says_what_was_written_and_finds_what_was_changed(v3, tmp_path)
         conversion.verify(megatron)
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.unlink(), "No such file or directory; convert again"),
+        (lambda file: os.truncate(file, file.stat().st_size // 2), "damaged or truncated, .* convert it again"),
+    ],
+)
+def test_verifying_a_folder_that_lost_something_is_one_line_and_leaves_no_file_open(damage, message, v3, tmp_path, capsys):
+    megatron = convert(plans.hf_to_megatron(v3), tmp_path / "megatron")
+    file = max((megatron / RELEASE).glob("*.distcp"))
+    damage(file)
+    before = len(os.listdir("/proc/self/fd"))
+    capsys.readouterr()
+    assert main(["convert", "verify", str(megatron)]) == 2
+    assert re.fullmatch(f"error: {file}: {message}\n", capsys.readouterr().err)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_conversion_that_is_killed_goes_on_to_the_same_bytes(v3, tmp_path):
     program = [sys.executable, str(ROOT / "tests" / "killed_conversions.py"), str(v3), str(tmp_path / "scratch"), "4", "3"]
     (tmp_path / "scratch").mkdir()

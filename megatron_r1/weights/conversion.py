@@ -15,6 +15,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -240,19 +241,26 @@ def runs(stream: Stream) -> Iterator[torch.Tensor]:
 def verify(folder: Path) -> int:
     """Read a converted folder again and compare every tensor's hash; the number of tensors. Raises ValueError for the first wrong one."""
     _, lines = read_ledger(folder)
-    files, progress = Files(), Progress("verify", total=sum(line.bytes for line in lines), done=0)
-    for line in lines:
-        digest = hasher()
-        for start in range(0, line.bytes, RUN_BYTES):
-            data = torch.empty(min(RUN_BYTES, line.bytes - start), dtype=torch.uint8)
-            files.read(folder / line.file, line.offset + start, data)
-            digest.update(tensor_bytes(data))
-            progress.add(len(data))
-        if digest.hexdigest() != line.hash:
-            raise ValueError(f"{folder / line.file}: tensor {line.name} is not what was written; convert again")
-    files.close()
+    progress = Progress("verify", total=sum(line.bytes for line in lines), done=0)
+    try:
+        with closing(Files()) as files:
+            for line in lines:
+                _check_hash(line, folder, files=files, progress=progress)
+    except OSError as error:
+        raise ValueError(f"{error.filename or folder}: {error.strerror or error}; convert again") from None
     progress.finish()
     return len(lines)
+
+
+def _check_hash(line: Line, folder: Path, *, files: Files, progress: Progress) -> None:
+    digest = hasher()
+    for start in range(0, line.bytes, RUN_BYTES):
+        data = torch.empty(min(RUN_BYTES, line.bytes - start), dtype=torch.uint8)
+        files.read(folder / line.file, line.offset + start, data)
+        digest.update(tensor_bytes(data))
+        progress.add(len(data))
+    if digest.hexdigest() != line.hash:
+        raise ValueError(f"{folder / line.file}: tensor {line.name} is not what was written; convert again")
 
 
 def _held_bytes(stream: Stream) -> int:
