@@ -21,6 +21,14 @@ def running(mark: str) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
+def argv(process: int) -> list[str]:
+    """Its command line; nothing of one that is gone."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text().split("\0")
+    except OSError:
+        return []
+
+
 def is_soon(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
     """Whether it comes true in time."""
     end = time.monotonic() + seconds

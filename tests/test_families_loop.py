@@ -35,7 +35,7 @@ completions = 4
 minibatches = 2
 chunk_tokens = 512
 [rollout]
-max_prompt_tokens = 96
+max_prompt_tokens = 128
 [sampling]
 max_tokens = 24
 temperature = 0.9
