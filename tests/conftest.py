@@ -100,3 +100,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Megatron's CPU adaptation changes torch, and would change what transformers computes here: tests import it on ranks alone."""
     if "megatron.core" in sys.modules:
         raise pytest.UsageError("a test file imports megatron, itself or through megatron_r1.mcore or .stages; see tests/ranks.py")
+
+
+@pytest.fixture(autouse=True)
+def megatron_stays_on_the_ranks() -> Iterator[None]:
+    """Nor while they run; the first that does is at fault."""
+    was_here = "megatron.core" in sys.modules
+    yield
+    assert was_here or "megatron.core" not in sys.modules, "this test imports megatron, itself or through megatron_r1.mcore or .stages"

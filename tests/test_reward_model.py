@@ -159,16 +159,22 @@ def test_defaults_are_the_papers():
     assert config.load("reward-model", ROOT / "configs" / "tiny_reward_model.toml").kind == "pairwise"
 
 
-def test_answers_are_tokenized_by_the_template_that_goes_with_the_model(tmp_path: Path):
+def chosen_ids(settings: dict[str, Any]) -> list[int]:
+    """On a rank, for the stage imports Megatron: the first chosen answer as the stage tokenizes it."""
     from megatron_r1.stages import reward_model as stage
 
+    [[example], _, _] = stage.load(config.parse("reward-model", settings))
+    return example.ids[0]
+
+
+def test_answers_are_tokenized_by_the_template_that_goes_with_the_model(tmp_path: Path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "1+1", "chosen": "2", "rejected": "3"}))
     template = str(ROOT / "configs" / "templates" / "r1.jinja")
     settings = {"kind": "pairwise", "preferences": str(tmp_path / "p.jsonl"), "model": {"path": str(TINY)}, "batch_size": 1}
-    [[example], _, _] = stage.load(config.parse("reward-model", settings | {"chat_template": template}))
+    [ids] = run_ranks(1, chosen_ids, settings | {"chat_template": template})
     chat = Chat(TINY, chat_template=template)
     conversation = Conversation(({"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}))
-    assert example.ids[0] == chat.scored_ids(conversation) != Chat(TINY).scored_ids(conversation)
+    assert ids == chat.scored_ids(conversation) != Chat(TINY).scored_ids(conversation)
 
 
 def test_a_reward_model_is_no_policy(tmp_path: Path):
