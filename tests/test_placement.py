@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -84,6 +87,9 @@ class Policy(FakePolicy):
     def __init__(self, said: list[str]) -> None:
         self.said = said
 
+    def trim(self) -> None:
+        self.said.append("trim")
+
     def move_out(self) -> None:
         self.said.append("policy out")
         self.is_out = True
@@ -126,13 +132,71 @@ def conversation(placed: str, lose: tuple[int, ...], rollouts: int) -> list[str]
         distributed.shutdown()
 
 
-SEND = ["wake weights", "weights 3"]
+SEND = ["trim", "wake weights", "weights 3"]
 SAMPLE = ["policy out", "wake kv_cache", "canary", "generate"]
 TRAIN = ["sleep", "policy in"]
 
 
 def test_colocated_servers_and_policy_take_turns():
     assert run_ranks(1, conversation, "colocated", (), 2)[0] == ["sleep", *SEND, *SAMPLE, *TRAIN, *SEND, *SAMPLE, *TRAIN]
+
+
+class Late:
+    """What rank 1 has of a policy: it moves when the others have long done so."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[float, str]] = []
+
+    def note(self, what: str) -> None:
+        self.done.append((time.monotonic(), what))
+
+    def make_room(self, what: str) -> None:
+        time.sleep(0.5 * int(os.environ["RANK"]))
+        self.note(what)
+
+    def trim(self) -> None:
+        self.make_room("trim")
+
+    def move_out(self) -> None:
+        self.make_room("policy out")
+
+    def sleep(self) -> None: ...
+
+    def wake(self, tag: str) -> None:
+        self.note(f"wake {tag}")
+
+
+def order_of_ranks() -> list[tuple[float, str]]:
+    from megatron_r1.mcore import distributed
+    from megatron_r1.rollout.placement import Colocated
+
+    distributed.init(Parallel(), seed=1)
+    try:
+        both = Late()
+        placement = Colocated(both, both)
+        placement.sending()
+        placement.sampling()
+        return both.done
+    finally:
+        distributed.shutdown()
+
+
+def test_servers_wake_when_the_last_rank_has_made_room():
+    said = [what for _, what in sorted(chain(*run_ranks(2, order_of_ranks)))]
+    assert said == ["trim", "trim", "wake weights", "policy out", "policy out", "wake kv_cache"]
+
+
+def test_trimming_gives_back_what_torch_keeps_of_a_gpu(monkeypatch):
+    import torch
+
+    from megatron_r1.mcore import offload
+
+    given: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(True))
+    for has_cuda in (False, True):
+        monkeypatch.setattr(offload.cpu, "has_cuda", lambda found=has_cuda: found)
+        offload.Offload([], None).trim()
+    assert given == [True]
 
 
 def test_servers_of_their_own_keep_their_weights_and_nobody_moves():

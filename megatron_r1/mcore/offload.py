@@ -42,6 +42,10 @@ class Offload:
         torch.cuda.synchronize()
         for storage, _ in (*self.kept, *self.dropped):
             storage.resize_(0)
+        self.trim()
+
+    def trim(self) -> None:
+        """Give the GPU back what torch keeps of it from larger moments: other processes can map only what is free on the device."""
         if cpu.has_cuda():
             torch.cuda.empty_cache()
 

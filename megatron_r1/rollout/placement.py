@@ -22,6 +22,8 @@ class Movable(Protocol):
     @property
     def is_out(self) -> bool: ...
 
+    def trim(self) -> None: ...
+
     def move_out(self) -> None: ...
 
     def move_in(self) -> None: ...
@@ -54,6 +56,7 @@ class Colocated:
             self.training()
         if self.phase == "start":
             self._servers(self.engine.sleep)  # once they are up they hold all they will ever need
+        self.policy.trim()  # the activations of the last phase
         self._servers(self.engine.wake, "weights")
         self.phase = "sending"
 
@@ -73,7 +76,8 @@ class Colocated:
 
     @staticmethod
     def _servers(call: Callable[..., None], *tags: str) -> None:
-        """Rank 0 tells the servers; no rank goes on before they have done it."""
+        """Rank 0 tells the servers once every rank has made room; no rank goes on before they have done it."""
+        distributed.any_rank(False)
         if distributed.rank() == 0:
             call(*tags)
         distributed.any_rank(False)
