@@ -268,6 +268,80 @@ def activation_recompute_forward(activation_recompute: bool, recompute_phase: bo
 class CudaRNGStatesTracker: ...
 
 
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW with moments in bfloat16, and of each bfloat16 parameter's float32 master the lower half: int16, or it asserts."""
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        adam_w_mode: bool,
+        master_weights: bool,
+        master_weight_dtype: torch.dtype,
+        exp_avg_dtype: torch.dtype,
+        exp_avg_sq_dtype: torch.dtype,
+        use_decoupled_grad: bool,
+        store_param_remainders: bool,
+    ) -> None:
+        assert adam_w_mode and master_weights and use_decoupled_grad and master_weight_dtype == torch.float32
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype, "master_param": torch.float32}
+        self.store_param_remainders = store_param_remainders
+
+    def held(self, param: torch.Tensor, name: str) -> torch.dtype:
+        is_remainder = self.store_param_remainders and name == "master_param" and param.dtype == torch.bfloat16
+        return torch.int16 if is_remainder else self.dtypes[name]
+
+    def initialize_state(self, param: torch.Tensor, store_param_remainders: bool) -> None:
+        assert store_param_remainders and param.dtype == torch.bfloat16
+        self.state[param] = {name: torch.zeros_like(param, dtype=self.held(param, name)) for name in self.dtypes}
+
+    def get_unscaled_state(self, param: torch.Tensor, name: str) -> torch.Tensor:
+        value, held = self.state[param][name], self.held(param, name)
+        assert value.dtype == held
+        return value.float() if held == torch.bfloat16 else value
+
+    def set_scaled_state(self, param: torch.Tensor, name: str, value: torch.Tensor) -> None:
+        held = self.held(param, name)
+        assert value.dtype == (torch.int16 if held == torch.int16 else torch.float32)
+        self.state[param].setdefault(name, torch.empty_like(param, dtype=held)).copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        found = super().state_dict()
+        params = [p for group in self.param_groups for p in group["params"]]
+        state = {i: {name: self.get_unscaled_state(params[i], name) for name in values} for i, values in found["state"].items()}
+        return found | {"state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, values in state_dict["state"].items():
+            self.state[params[i]] = {}
+            for name, value in values.items():
+                self.set_scaled_state(params[i], name, value)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                state, grad = self.state[p], p.decoupled_grad
+                low = state["master_param"].int()
+                master = ((p.view(torch.int16).int() - (low < 0).int()) << 16 | (low & 0xFFFF)).view(torch.float32)
+                m = state["exp_avg"].float().mul_(beta1).add_(grad, alpha=1 - beta1)
+                v = state["exp_avg_sq"].float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                change = m / (1 - beta1 ** group["step"]) / ((v / (1 - beta2 ** group["step"])).sqrt() + group["eps"])
+                bits = (master - group["lr"] * (change + group["weight_decay"] * master)).view(torch.int32)
+                for name, value in (("exp_avg", m), ("exp_avg_sq", v), ("master_param", bits.to(torch.int16))):
+                    state[name].copy_(value)
+                p.view(torch.int16).copy_((bits >> 16) + (state["master_param"] < 0).int())
+
+
 def install() -> None:
     """Put the stand-in where `import transformer_engine` finds it."""
 
@@ -297,6 +371,7 @@ def install() -> None:
     module(
         f"{te}.pytorch.distributed", CudaRNGStatesTracker=CudaRNGStatesTracker, activation_recompute_forward=activation_recompute_forward
     )
+    module(f"{te}.pytorch.optimizers", FusedAdam=FusedAdam, FusedSGD=None)
     functions = (moe_permute, moe_permute_with_probs, moe_unpermute, moe_sort_chunks_by_index, moe_sort_chunks_by_index_with_probs)
     module(f"{te}.pytorch.permutation", **{function.__name__: function for function in functions})
     unused = ("fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function")

@@ -36,11 +36,11 @@ def draws() -> list[float]:
     return [random.random(), float(np.random.rand()), torch.rand(1).item(), tracked]
 
 
-def unbroken(parallel: Parallel, folder: str, hf: dict[str, Any] | None = None) -> Steps:
+def unbroken(parallel: Parallel, folder: str, hf: dict[str, Any] | None = None, **training: Any) -> Steps:
     """Four steps, saved after the second, with the reference of step 1."""
     from megatron_r1.mcore import checkpoint
 
-    with Run(parallel, hf=hf) as run:
+    with Run(parallel, hf=hf, **training) as run:
         run.policy.refresh_reference()
         run.grpo_step(0)
         run.policy.refresh_reference()
@@ -51,10 +51,10 @@ def unbroken(parallel: Parallel, folder: str, hf: dict[str, Any] | None = None) 
         return {"metrics": [run.grpo_step(2), run.grpo_step(3)], "weights": run.weights(), "random": random}
 
 
-def resumed(parallel: Parallel, folder: str, hf: dict[str, Any] | None = None) -> Steps:
+def resumed(parallel: Parallel, folder: str, hf: dict[str, Any] | None = None, **training: Any) -> Steps:
     from megatron_r1.mcore import checkpoint
 
-    with Run(parallel, hf=hf) as run:
+    with Run(parallel, hf=hf, **training) as run:
         extra = checkpoint.load(run.policy, checkpoint.latest(folder))
         assert extra == {"cursor": {"epoch": 1, "order": [3, 1, 2]}}
         assert (run.policy.step, run.policy.version, run.policy.reference_step) == (2, 2, 1)
@@ -108,6 +108,23 @@ def test_padding_between_gradient_buckets_shifts_nothing(tmp_path: Path):
     arguments = parallel, str(tmp_path), model(n_routed_experts=5, n_group=1)
     expected = run_ranks(ranks, unbroken, *arguments)[0]
     assert run_ranks(ranks, resumed, *arguments)[0]["metrics"] == expected["metrics"]
+
+
+def with_bfloat16_moments(what: Any, parallel: Parallel, folder: str) -> Steps:
+    """On a rank: `unbroken` or `resumed`, with the optimizer that Megatron takes from Transformer Engine."""
+    from megatron_r1.mcore import cpu
+
+    with cpu.without("optimizer"):
+        return what(parallel, folder, dtype="bfloat16", moments_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", ["one rank", "DP2"])
+def test_a_run_with_bfloat16_moments_is_resumed_to_the_bit(name: str, on_engine: Any, tmp_path: Path):
+    ranks, parallel = LAYOUTS[name]
+    expected = on_engine(ranks, with_bfloat16_moments, unbroken, parallel, str(tmp_path))[0]
+    got = on_engine(ranks, with_bfloat16_moments, resumed, parallel, str(tmp_path))[0]
+    assert got["metrics"] == expected["metrics"]
+    assert all(np.array_equal(got["weights"][key], value) for key, value in expected["weights"].items())
 
 
 def test_other_settings_take_effect_on_resume(runs: Any):
@@ -164,6 +181,9 @@ def damage(folder: Path, kind: str) -> None:
     elif kind == "fields":
         about = json.loads((path / "policy.json").read_text())
         (path / "policy.json").write_text(json.dumps(about | {"hf": about["hf"] | {"torch_dtype": "bfloat16"}}))
+    elif kind == "moments":
+        about = json.loads((path / "policy.json").read_text())
+        (path / "policy.json").write_text(json.dumps(about | {"moments_dtype": "bfloat16"}))
     else:
         (path / kind).unlink()
 
@@ -177,6 +197,7 @@ def damage(folder: Path, kind: str) -> None:
         ("gone", {}, {}, "which is not there"),
         ("fields", {"n_routed_experts": 4}, {}, "holds a model with n_routed_experts = 8, config.json has 4"),
         ("fields", {}, {"train_mtp": True}, "of another stage"),
+        ("moments", {}, {}, 'set it to "bfloat16"'),
         ("fields", {}, {}, "no error"),
     ],
 )

@@ -85,6 +85,7 @@ def save(policy: Policy, folder: str | Path, *, step: int, extra: Tree, keep: in
             "reference_step": policy.reference_step,
             "layout": _layout(policy),
             "train_mtp": policy.training.train_mtp,
+            "moments_dtype": policy.training.moments_dtype,
             "extra": extra,
         }
         (temporary / ABOUT).write_text(json.dumps(about, indent=1))
@@ -163,6 +164,9 @@ def _about(policy: Policy, path: Path) -> Tree:
             )
     if about["train_mtp"] != policy.training.train_mtp:
         raise ValueError(f"{path}: is of another stage (MTP trained: {about['train_mtp']}); give this stage a run.dir of its own")
+    saved, wanted = about.get("moments_dtype", "float32"), policy.training.moments_dtype
+    if saved != wanted:  # the one has whole master weights, the other what bf16 parameters lack of them
+        raise ValueError(f'{path}: was saved with optimizer.moments_dtype = "{saved}", not "{wanted}"; set it to "{saved}"')
     return about
 
 

@@ -133,5 +133,20 @@ def _allocate(part: Any) -> None:
         for group in adam.param_groups:
             for parameter in group["params"]:
                 adam.initialize_state(parameter, *more)
+        _take_remainders(adam)
     else:
         part.init_state_fn(adam, part.config)
+
+
+def _take_remainders(adam: Any) -> None:
+    """Let Transformer Engine's Adam load what Megatron saves of a bf16 parameter's master weight: the 16 bits that the parameter lacks.
+
+    They are whole numbers, int16 in Adam, which takes no others; Megatron saves them as float32 and hands them back so.
+    """
+    set_state = adam.set_scaled_state
+
+    def set_scaled_state(parameter: torch.Tensor, name: str, value: torch.Tensor) -> None:
+        is_remainder = adam.store_param_remainders and name == "master_param" and parameter.dtype == torch.bfloat16
+        set_state(parameter, name, value.to(torch.int16) if is_remainder else value)
+
+    adam.set_scaled_state = set_scaled_state
