@@ -130,6 +130,46 @@ def test_the_loss_curves_start_from_the_same_weights_and_learn(on_engine):
     assert bf16.value < float(bf16.note.split()[1].rstrip(",")), "it falls"
 
 
+def parameters_before_each() -> list[int]:
+    """On a rank: how many there are as each policy of the loss curves and of the timing is built."""
+    import gc
+    from unittest import mock
+
+    import torch
+
+    from benchmarks.gpu_check import training
+    from megatron_r1.mcore import distributed
+    from megatron_r1.parallel import Parallel
+
+    found, build = [], training.policy_of
+
+    def counted(*args, **options):
+        found.append(sum(isinstance(thing, torch.nn.Parameter) for thing in gc.get_objects()))
+        return build(*args, **options)
+
+    def once(*calls):
+        return [float(call() is not None) + 1.0 for call in calls]
+
+    small = {"comparison": lambda: model(num_nextn_predict_layers=0), "stack": lambda: model(num_nextn_predict_layers=0)}
+    sizes = {"STEPS": 2, "TAIL": 1, "TOKENS": 64, "TIMED": (40, 17)}
+    gpu = {"reset_peak_memory_stats": lambda: None, "get_device_name": lambda: "", "max_memory_allocated": lambda: 0}
+    distributed.init(Parallel(), seed=1)
+    with (
+        mock.patch.multiple(models, **small),
+        mock.patch.multiple(training, policy_of=counted, milliseconds=once, **sizes),
+        mock.patch.multiple(torch.cuda, **gpu),
+    ):
+        training.curve()
+        for _ in range(2):
+            training.timed("", 1.0, target=None, steps=True)
+    distributed.shutdown()
+    return found
+
+
+def test_each_policy_has_the_gpu_to_itself(on_engine):
+    assert on_engine(1, parameters_before_each)[0] == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("quantization", ["none", "fp8"])
 def test_the_rollouts_config_is_one_that_the_program_reads(quantization, tmp_path):
     from benchmarks.gpu_check import rollout

@@ -67,10 +67,15 @@ def init(parallel: Parallel, seed: int, *, timeout_minutes: float = 30.0) -> Non
 def shutdown() -> None:
     """Undo `init`: drop every group with its threads and sockets, of which a layout has hundreds."""
     parallel_state.destroy_model_parallel()
+    drop_models()  # they hold groups
+    dist.destroy_process_group()
+
+
+def drop_models() -> None:
+    """Free what every policy of this process holds, in cycles; none may be used again."""
     for model in (thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel):
         vars(model).clear()  # its hooks hold it, and graphs the hooks: a way through C++, which the collector does not see
-    gc.collect()  # models hold groups, in cycles
-    dist.destroy_process_group()
+    gc.collect()
 
 
 def rank() -> int:
