@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from megatron_r1.parallel import Parallel
 from megatron_r1.rollout import server_process
 from megatron_r1.rollout.engine import SamplingParams
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TRAINED = {"train_mtp": False, "dtype": "bfloat16"}
 
 
@@ -138,7 +140,7 @@ TRAIN = ["sleep", "policy in"]
 
 
 def test_colocated_servers_and_policy_take_turns():
-    assert run_ranks(1, conversation, "colocated", (), 2)[0] == ["sleep", *SEND, *SAMPLE, *TRAIN, *SEND, *SAMPLE, *TRAIN]
+    assert run_ranks(1, conversation, "colocated", (), 2)[0] == [*SEND, *SAMPLE, *TRAIN] * 2
 
 
 class Late:
@@ -205,12 +207,43 @@ def test_servers_of_their_own_keep_their_weights_and_nobody_moves():
 
 def test_a_server_that_was_lost_while_the_policy_is_out_gets_weights_again():
     lost = run_ranks(1, conversation, "colocated", (1,), 1)[0]
-    assert lost == ["sleep", *SEND, *SAMPLE, *TRAIN, *SEND, *SAMPLE, *TRAIN]
+    assert lost == [*SEND, *SAMPLE, *TRAIN] * 2
+
+
+class Built(Exception):
+    """Ends a stage's start where its policy would be built."""
+
+
+def start(placed: str, folder: str) -> list[str]:
+    """On a rank: what servers are told before there is a policy."""
+    from unittest import mock
+
+    from megatron_r1 import config
+    from megatron_r1.mcore import distributed
+    from megatron_r1.stages import common
+
+    engine = Recorder()
+    engine.buckets = mock.Mock()
+    own = [f"run.dir={folder}", f"model.path={CONFIGS}/models/tiny_v3", "model.init=random", 'rollout.urls=["http://here:1"]']
+    layout = ["parallel.world_size=1", "parallel.expert_model_parallel_size=1", f"rollout.placement={placed}"]
+    settings = config.load("grpo", CONFIGS / "tiny_grpo.toml", [*own, *layout])
+    fakes = {"VLLMServers": lambda *args, **options: engine, "Policy": mock.Mock(side_effect=Built), "Watchdog": mock.Mock()}
+    try:
+        with mock.patch.multiple(common, StopRequest=mock.Mock(), hold=mock.Mock(), **fakes), pytest.raises(Built):
+            common.make(settings, steps=settings.steps)
+    finally:
+        distributed.shutdown()
+    return engine.said
+
+
+@pytest.mark.parametrize(("placed", "said"), [("colocated", ["sleep"]), ("dedicated", [])])
+def test_servers_that_share_a_gpu_sleep_before_there_is_a_policy(placed, said, tmp_path):
+    assert run_ranks(1, start, placed, str(tmp_path))[0] == said
 
 
 def test_only_servers_that_share_a_gpu_are_started_with_sleep_mode(monkeypatch):
     monkeypatch.setattr(server_process, "is_cpu_build", lambda: False)
-    assert server_process.placement_flags("colocated") == ["--enable-sleep-mode"]
+    assert server_process.placement_flags("colocated") == ["--enable-sleep-mode", "--gpu-memory-utilization", "0.01"]
     assert server_process.placement_flags("dedicated") == []
     monkeypatch.setattr(server_process, "is_cpu_build", lambda: True)
     assert server_process.placement_flags("colocated") == []

@@ -42,42 +42,45 @@ class Dedicated:
 
 
 class Colocated:
-    """Servers on the trainer's GPUs. They sleep without their weights, for new ones come before they sample again."""
+    """Servers on the trainer's GPUs, asleep when this begins. They sleep without their weights: new ones come before they sample again."""
 
     keeps_weights = False
 
     def __init__(self, engine: RolloutEngine, policy: Movable) -> None:
         self.engine, self.policy = engine, policy
-        self.phase: Literal["start", "sending", "sampling", "training"] = "start"
+        self.phase: Literal["sending", "sampling", "training"] = "training"
 
     def sending(self) -> None:
         """Wake the servers' weights beside the policy."""
         if self.phase == "sampling":  # a server came back in the middle of a rollout
             self.training()
-        if self.phase == "start":
-            self._servers(self.engine.sleep)  # once they are up they hold all they will ever need
         self.policy.trim()  # the activations of the last phase
-        self._servers(self.engine.wake, "weights")
+        tell(self.engine.wake, "weights")
         self.phase = "sending"
 
     def sampling(self) -> None:
         """Move the policy out and wake the rest."""
         self.policy.move_out()
-        self._servers(self.engine.wake, "kv_cache")
+        tell(self.engine.wake, "kv_cache")
         self.phase = "sampling"
 
     def training(self) -> None:
         """Put the servers to sleep and move the policy back in; where that is so already, nothing."""
         if self.phase != "sampling":
             return
-        self._servers(self.engine.sleep)
+        tell(self.engine.sleep)
         self.policy.move_in()
         self.phase = "training"
 
-    @staticmethod
-    def _servers(call: Callable[..., None], *tags: str) -> None:
-        """Rank 0 tells the servers once every rank has made room; no rank goes on before they have done it."""
-        distributed.any_rank(False)
-        if distributed.rank() == 0:
-            call(*tags)
-        distributed.any_rank(False)
+
+def put_to_sleep(engine: RolloutEngine) -> None:
+    """Servers on the trainer's GPUs, once they are up; what they need to start must be free, so before there is a policy. Collective."""
+    tell(engine.sleep)
+
+
+def tell(call: Callable[..., None], *tags: str) -> None:
+    """Rank 0 tells the servers once every rank has made room; no rank goes on before they have done it."""
+    distributed.any_rank(False)
+    if distributed.rank() == 0:
+        call(*tags)
+    distributed.any_rank(False)

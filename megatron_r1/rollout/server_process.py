@@ -126,7 +126,10 @@ def reward_server_command(
 
 def placement_flags(placement: str) -> list[str]:
     """Flags by which a server can give its memory back; the CPU build takes /sleep as it is, and keeps its memory."""
-    return ["--enable-sleep-mode"] if placement == "colocated" and not is_cpu_build() else []
+    if placement != "colocated" or is_cpu_build():
+        return []
+    # how much of the GPU must be free for it to start or start again; the cache has its size from rollout.kv_cache_mib
+    return ["--enable-sleep-mode", "--gpu-memory-utilization", "0.01"]
 
 
 def model_flags(*, quantization: str, head_dtype: str) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from megatron_r1 import checks, cost, data, evaluation
 from megatron_r1.chat import Chat
@@ -25,7 +25,7 @@ from megatron_r1.packing import TokenSequence, plan
 from megatron_r1.problem import Problem
 from megatron_r1.rollout.engine import SamplingParams, never
 from megatron_r1.rollout.fleet import Fleet
-from megatron_r1.rollout.placement import Colocated, Dedicated
+from megatron_r1.rollout.placement import Colocated, Dedicated, put_to_sleep
 from megatron_r1.rollout.server_process import SENDING
 from megatron_r1.rollout.vllm_server import VLLMServers
 from megatron_r1.run_folder import DONE, STOP, hold
@@ -71,6 +71,7 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
     if distributed.rank() == 0:
         lock = hold(folder)
         (folder / DONE).unlink(missing_ok=True)
+    engine = make_engine(config) if config.needs_rollouts else None  # before the policy, beside which servers on its GPUs cannot start
     policy = Policy(hf, parallel, training=training(config, steps=steps, train_mtp=train_mtp), seed=config.run.seed)
     if config.model.init == "weights":
         policy.load_hf(config.model.path)
@@ -82,10 +83,10 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
     metrics = Metrics(log_folder, steps=steps, tensorboard=config.logging.tensorboard, meter=meter, started=started)
     fleet = scorer = problems = None
     held_out: list[Problem] = []
-    if config.needs_rollouts:
+    if engine is not None:
         problems, held_out = load_problems(config)
         chat.check_prompts([*problems.all(), *held_out], limit=config.rollout.max_prompt_tokens)
-        fleet = make_fleet(config, policy, hf)
+        fleet = make_fleet(config, engine, policy)
         if distributed.is_model_parallel_leader():
             scorer = make_scorer(config)
     return Parts(folder, lock, policy, chat, metrics, stop, watchdog, fleet, scorer, problems, held_out)
@@ -99,8 +100,8 @@ def training(config: StageConfig, *, steps: int, train_mtp: bool) -> Training:
     return Training(**settings, lr_decay_steps=decay, train_mtp=train_mtp, kernels=Kernels(**config.kernels.model_dump()))
 
 
-def make_fleet(config: StageConfig, policy: Policy, hf: dict[str, Any]) -> Fleet:
-    """The servers behind `rollout.urls`, with a canary of tokens that differ from run to run only in the vocabulary."""
+def make_engine(config: StageConfig) -> VLLMServers:
+    """A client of the servers behind `rollout.urls`; those on the trainer's GPUs are asleep. Collective."""
     r = config.rollout
     if not r.urls:
         raise ValueError("rollout.urls: empty, and this process was not started by the launcher; give the servers' addresses")
@@ -114,7 +115,15 @@ def make_fleet(config: StageConfig, policy: Policy, hf: dict[str, Any]) -> Fleet
         transfer_folder=Path(config.run.dir) / "transfer",
     )
     engine.buckets.quantization = r.quantization
-    ids = [(7919 * i + 17) % hf["vocab_size"] for i in range(CANARY_TOKENS)]
+    if r.placement == "colocated":
+        put_to_sleep(engine)
+    return engine
+
+
+def make_fleet(config: StageConfig, engine: VLLMServers, policy: Policy) -> Fleet:
+    """The servers as one, with a canary of tokens that differ from run to run only in the vocabulary."""
+    r = config.rollout
+    ids = [(7919 * i + 17) % policy.hf["vocab_size"] for i in range(CANARY_TOKENS)]
     [canary] = policy.pack([TokenSequence(ids=ids, learned=[1] * len(ids))], [[0]])
     placement = Colocated(engine, Offload(policy.chunks, policy.optimizer)) if r.placement == "colocated" else Dedicated()
     scope = r.weight_senders if r.weight_transfer in SENDING else "all"
