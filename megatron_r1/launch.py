@@ -6,14 +6,17 @@ On a cluster srun or torchrun starts the ranks and the servers run on nodes of t
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
 
-from megatron_r1 import rank
+from megatron_r1 import cost, rank
 from megatron_r1.chat_templates import server_flags
 from megatron_r1.checks import has_gpu
 from megatron_r1.config import dump
@@ -27,11 +30,43 @@ STDOUT, STDERR = 1, 2
 GRACE_SECONDS = 60.0  # a rank asked to stop saves a checkpoint first
 
 
-def devices(server: int, *, servers: int) -> dict[str, str]:
-    """The environment that gives one of a machine's servers its share of the GPUs; empty where none are named."""
-    named = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    share = len(named) // servers
-    return {"CUDA_VISIBLE_DEVICES": ",".join(named[server * share :][:share])} if share else {}
+def named_gpus() -> list[str]:
+    """The GPUs that this process was given by name."""
+    return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+
+
+def all_gpus() -> list[str]:
+    """The same; the machine's where none are named. Counted without torch."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ or not has_gpu() or shutil.which("nvidia-smi") is None:
+        return named_gpus()
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    return [str(i) for i in range(len(re.findall(r"^GPU \d+:", listed, re.MULTILINE)))]
+
+
+def server_gpus(config: StageConfig) -> list[str]:
+    """The GPUs that the servers beside a stage's ranks share: those after the ranks', where they are to have their own, else all.
+
+    Raises ValueError where there are too few.
+    """
+    r, there = config.rollout, all_gpus()
+    if r.placement == "colocated" or r.weight_transfer == "ipc" or not has_gpu() or not config.needs_rollouts or r.urls:
+        return there
+    ranks = 0 if config.serves_own_weights else config.parallel.world_size
+    each = cost.workers(r.model_dump())
+    needed = ranks + r.servers * each
+    if len(there) < needed:
+        sharing = 'set rollout.placement = "colocated" with rollout.weight_transfer = "ipc"'
+        raise ValueError(
+            f"rollout.servers = {r.servers}: of {each} GPUs each, beside {ranks} trainer ranks, they need {needed} GPUs, and there are "
+            f"{len(there)}; lower {f'these, or {sharing}' if ranks else 'it'}"
+        )
+    return there[ranks:needed]
+
+
+def devices(server: int, *, servers: int, gpus: list[str]) -> dict[str, str]:
+    """The environment that gives one of some servers its share of these GPUs; empty where none are named."""
+    share = len(gpus) // servers
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[server * share :][:share])} if share else {}
 
 
 def spanning(rollout: Rollout) -> list[str]:
@@ -51,17 +86,20 @@ def own_weights(config: StageConfig) -> list[str]:
 
 
 class Servers:
-    """The vLLM servers of this machine. They start in the background; the trainer waits for them when it first needs them."""
+    """The vLLM servers of this machine. They start in the background; the trainer waits for them when it first needs them.
 
-    def __init__(self, config: StageConfig, logs: Path) -> None:
-        r = config.rollout
+    gpus    what they share; without it all that this process was given by name
+    """
+
+    def __init__(self, config: StageConfig, logs: Path, *, gpus: list[str] | None = None) -> None:
+        r, gpus = config.rollout, named_gpus() if gpus is None else gpus
         self.max_restarts = r.max_restarts
         self.restarts = 0
         self.processes: list[ServerProcess] = []
         for i in range(self.count(config)):
             port = r.port + i if r.port else free_port()
             argv, env = self.command(config, port)
-            env |= devices(i, servers=r.servers)
+            env |= devices(i, servers=r.servers, gpus=gpus)
             self.processes.append(ServerProcess(argv, env, host=r.host, port=port, log_file=logs / f"server{i}.log"))
         self.urls = r.urls or [p.url for p in self.processes]
 
@@ -226,5 +264,5 @@ def run_ranks(stage: str, config: StageConfig, servers: Servers) -> int:
 
 def launch(stage: str, config: StageConfig) -> int:
     """Servers and ranks of one stage on this machine; returns the exit code."""
-    with Servers(config, Path(config.run.dir) / "logs") as servers:
+    with Servers(config, Path(config.run.dir) / "logs", gpus=server_gpus(config)) as servers:
         return run_ranks(stage, config, servers)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from commands import Command, run
 
-from megatron_r1 import launch
+from megatron_r1 import config, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 120.0
@@ -90,6 +90,48 @@ def test_a_rank_that_another_took_along_is_not_blamed(seen: list, after: list, w
         log.write_text("Traceback\n" + "error: it was this one\n" * (2 in after))
     ranks.processes = [SimpleNamespace(exitcode=code) for code in after]
     assert words.format(*ranks.logs) in ranks.failure(seen)
+
+
+ALL = [f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i})" for i in range(8)]
+TWO_OF_TWO = ["rollout.servers=2", "rollout.tensor_parallel_size=2"]
+
+
+def gpus_of_servers(monkeypatch: pytest.MonkeyPatch, folder: Path, named: str | None, overrides: list[str]) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each server that `launch` starts beside four ranks, where nvidia-smi lists eight GPUs."""
+    (folder / "nvidia-smi").write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in ALL))
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    monkeypatch.setattr(launch, "has_gpu", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    own = [f"model.path={ROOT}/configs/models/tiny_v3", f"run.dir={folder}/run", "parallel.world_size=4", "rollout.weight_transfer=nccl"]
+    settings = config.load("grpo", ROOT / "configs/tiny_grpo.toml", [*own, *overrides])
+    monkeypatch.setattr(launch.Servers, "__enter__", lambda servers: servers)
+    monkeypatch.setattr(launch.Servers, "__exit__", lambda *exc: None)
+    monkeypatch.setattr(launch, "run_ranks", lambda stage, config, servers: [p.env["CUDA_VISIBLE_DEVICES"] for p in servers.processes])
+    return launch.launch("grpo", settings)
+
+
+@pytest.mark.parametrize(
+    ("named", "overrides", "gpus"),
+    [
+        (None, TWO_OF_TWO, ["4,5", "6,7"]),
+        (None, ["rollout.servers=2", 'rollout.vllm_args=["--data-parallel-size", "2"]'], ["4,5", "6,7"]),
+        ("9,8,7,6,5,4", ["rollout.servers=2"], ["5", "4"]),
+        (None, [*TWO_OF_TWO, "rollout.weight_transfer=ipc"], ["0,1,2,3", "4,5,6,7"]),
+        ("0,1,2,3", [*TWO_OF_TWO, "rollout.weight_transfer=ipc", "rollout.placement=colocated"], ["0,1", "2,3"]),
+    ],
+    ids=["counted", "data parallel", "named", "shared", "colocated"],
+)
+def test_servers_get_the_gpus_after_the_ranks_unless_they_share_them(named, overrides, gpus, monkeypatch, tmp_path):
+    assert gpus_of_servers(monkeypatch, tmp_path, named, overrides) == gpus
+
+
+def test_too_few_gpus_for_ranks_and_servers_is_one_line(monkeypatch, tmp_path):
+    message = r"^rollout\.servers = 3: of 2 GPUs each, beside 4 trainer ranks, they need 10 GPUs, and there are 8; lower these, or set "
+    with pytest.raises(ValueError, match=message):
+        gpus_of_servers(monkeypatch, tmp_path, None, [*TWO_OF_TWO, "rollout.servers=3"])
 
 
 @pytest.mark.slow
