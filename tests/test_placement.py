@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -188,17 +189,24 @@ def test_servers_wake_when_the_last_rank_has_made_room():
     assert said == ["trim", "trim", "wake weights", "policy out", "policy out", "wake kv_cache"]
 
 
-def test_trimming_gives_back_what_torch_keeps_of_a_gpu(monkeypatch):
+def caches_emptied() -> list[bool]:
+    """On a rank, for this imports Megatron: whether there was CUDA when torch's cache was emptied."""
+    from unittest.mock import patch
+
     import torch
 
     from megatron_r1.mcore import offload
 
-    given: list[bool] = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(True))
+    emptied: list[bool] = []
     for has_cuda in (False, True):
-        monkeypatch.setattr(offload.cpu, "has_cuda", lambda found=has_cuda: found)
-        offload.Offload([], None).trim()
-    assert given == [True]
+        note = partial(emptied.append, has_cuda)
+        with patch.object(torch.cuda, "empty_cache", note), patch.object(offload.cpu, "has_cuda", lambda found=has_cuda: found):
+            offload.Offload([], None).trim()
+    return emptied
+
+
+def test_trimming_gives_back_what_torch_keeps_of_a_gpu():
+    assert run_ranks(1, caches_emptied) == [[True]]
 
 
 def test_servers_of_their_own_keep_their_weights_and_nobody_moves():

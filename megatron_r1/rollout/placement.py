@@ -79,8 +79,8 @@ def put_to_sleep(engine: RolloutEngine) -> None:
 
 
 def tell(call: Callable[..., None], *tags: str) -> None:
-    """Rank 0 tells the servers once every rank has made room; no rank goes on before they have done it."""
-    distributed.any_rank(False)
+    """Rank 0 tells the servers once every rank has made room; no rank goes on before they have done it, however long they start."""
+    distributed.together()
     if distributed.rank() == 0:
         call(*tags)
-    distributed.any_rank(False)
+    distributed.together()
