@@ -15,7 +15,8 @@ NODES = ("127.0.0.1", "127.0.0.2")
 
 
 @pytest.mark.slow
-def test_a_server_on_two_nodes_has_the_log_probs_of_the_weights_it_was_sent(tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--enable-expert-parallel"]], ids=["TP2", "TP2, EP2"])
+def test_a_server_on_two_nodes_has_the_log_probs_of_the_weights_it_was_sent(tmp_path, flags):
     model = tiny_model(1)
     save(model, tmp_path / "model")
     parts, port = [], free_port()
@@ -29,7 +30,7 @@ def test_a_server_on_two_nodes_has_the_log_probs_of_the_weights_it_was_sent(tmp_
             max_num_seqs=16,
             kv_cache_bytes=48 << 20,
             tensor_parallel_size=2,
-            extra=["--host", node, *spanning(rollout)],
+            extra=["--host", node, *spanning(rollout), *flags],
         )
         parts.append(ServerProcess(argv, env, host=node, port=port, log_file=tmp_path / f"{node}.log"))
     engine = VLLMServers([parts[0].url], max_num_seqs=16)

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -22,6 +24,7 @@ class CheckpointEngine(WeightTransferEngine):
     """Loads (checkpoint name, tensor) pairs as vLLM's own engines do; subclasses say where the pairs come from."""
 
     def start_weight_update(self) -> None:
+        self.local_experts = self._local_experts()
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict) -> None:
@@ -31,7 +34,22 @@ class CheckpointEngine(WeightTransferEngine):
 
     def receive_weights(self, update_info: WeightTransferUpdateInfo) -> None:
         with disable_mtp_completeness_check():  # a bucket is never the whole MTP layer
-            self.model.load_weights(self.tensors(update_info))
+            self.model.load_weights(self._mine(update_info))
+
+    def _mine(self, update_info: WeightTransferUpdateInfo) -> Iterator[wire.Named]:
+        """What this worker loads of a bucket. vLLM holds all that it is handed until the layer is whole, other workers' experts too, and
+        a view holds the whole bucket.
+        """
+        for name, tensor in self.tensors(update_info):
+            if not should_skip_weight(name, self.local_experts):
+                yield name, tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+    def _local_experts(self) -> set[int] | None:
+        """The experts that the layers' own loaders take, in every layer the same; None: any."""
+        if self.parallel_config.enable_eplb:  # each layer has its own, and copies of some
+            return None
+        layers = (module for module in self.model.modules() if isinstance(module, RoutedExperts))
+        return next((set(layer.expert_map_manager.get_local_expert_ids()) for layer in layers), None)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
