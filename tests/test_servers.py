@@ -20,11 +20,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_r1.processes import free_port
-from megatron_r1.rollout import wire
+from megatron_r1.rollout import weight_transfer, wire
 from megatron_r1.rollout.engine import EngineError, EngineLost, Request, SamplingParams
 from megatron_r1.rollout.sampling import sample_groups
 from megatron_r1.rollout.vllm_server import VLLMServers
-from megatron_r1.rollout.weight_transfer import make_sender, rank_offsets
+from megatron_r1.rollout.weight_transfer import IpcSender, make_sender, rank_offsets
 from megatron_r1.types import Problem
 from megatron_r1.weights.division import Division, TensorInfo
 
@@ -380,7 +380,7 @@ class Together:
 class CannotJoin:
     """The sender of a rank that never gets to the servers."""
 
-    def join(self, meeting: object, mine: int) -> None:
+    def join(self, meeting: object, division: Division) -> None:
         raise EngineError("no way")
 
     def close(self) -> None: ...
@@ -472,6 +472,45 @@ def test_senders_with_unequal_parts_send_at_once_and_all_of_it_arrives(stub, cli
 def test_a_server_that_dies_while_many_send_is_news_to_each_of_them(stub, client):
     with pytest.raises(EngineLost):
         send_from_two_ranks(client, Worker(stub, dies=2), (3, 3))
+
+
+@pytest.fixture
+def ipc(monkeypatch) -> Iterator[Callable[..., Any]]:
+    """`ipc(engine)`: the servers' client with vLLM's trainer class, of which is left what ranks and servers say to each other."""
+
+    class Trainer:
+        def __init__(self, info: SimpleNamespace, *, client: IpcSender, source: weight_transfer.Bucket) -> None:
+            self.info, self.client, self.source = info, client, source
+
+        def send_weights(self) -> None:
+            assert all(tensor.nbytes <= self.info.packed_buffer_size_bytes for _, tensor in self.source)
+            if self.info.rank == 0:
+                self.client.update_weights({"names": [name for name, _ in self.source], "ipc_handles": {}})
+            self.client.ranks.together()
+
+        def shutdown(self) -> None: ...
+
+    transfer = "vllm.distributed.weight_transfer"
+    factory = SimpleNamespace(WeightTransferTrainerFactory=SimpleNamespace(trainer_init=Trainer))
+    monkeypatch.setitem(sys.modules, f"{transfer}.factory", factory)
+    monkeypatch.setitem(sys.modules, f"{transfer}.ipc_engine", SimpleNamespace(IPCTrainerInitInfo=SimpleNamespace))
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    monkeypatch.setattr(weight_transfer, "BUCKET_BYTES", 256)
+
+    def on(engine: VLLMServers) -> VLLMServers:
+        engine.sender, engine.buckets.bucket_bytes = IpcSender(engine.servers, ranks=engine.ranks), 256
+        return engine
+
+    return on
+
+
+def test_ipc_s_buffer_holds_the_largest_tensor(stub, client, ipc):
+    weights = {"norm": torch.ones(8), "embedding": torch.ones(32, 32)}
+    told = [TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]
+    for sent, size in ((weights, 4096), ({"norm": weights["norm"]}, 256)):
+        engine = ipc(client(stub().url))
+        engine.update_weights(sent.items(), 1, division=Division([[info for info in told if info.name in sent]], mine=0))
+        assert engine.sender.engine.info.packed_buffer_size_bytes == size
 
 
 def test_user_mistakes_are_named(stub, client):

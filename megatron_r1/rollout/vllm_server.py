@@ -51,7 +51,7 @@ class VLLMServers:
         self.servers = Servers(urls, limit_seconds=request_limit_seconds)
         self.ranks, self.rank = ranks, ranks.rank()
         sends = self.rank == 0 or weight_transfer != "file"
-        self.sender = make_sender(weight_transfer, self.servers, rank=self.rank, folder=transfer_folder) if sends else None
+        self.sender = make_sender(weight_transfer, self.servers, ranks=ranks, folder=transfer_folder) if sends else None
         self.meeting: Meeting | None = None  # the last one
         self.max_num_seqs, self.start_limit_seconds = max_num_seqs, start_limit_seconds
         self.pause, self.own_weights = pause, own_weights
@@ -169,7 +169,7 @@ class VLLMServers:
         meeting = self.ranks.share(meeting)
         try:
             if meeting is not None and self.sender is not None:
-                self.sender.join(meeting, division.mine)
+                self.sender.join(meeting, division)
             if meeting is not None and self.rank == 0:
                 self.servers.all(f"/pause?mode={self.pause}").result()
                 self._start_update()

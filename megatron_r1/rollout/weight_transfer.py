@@ -23,8 +23,10 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_r1.rollout import wire
-from megatron_r1.rollout.engine import EngineError
+from megatron_r1.rollout.engine import ALONE, EngineError, Ranks
 from megatron_r1.rollout.servers import Servers
+from megatron_r1.rollout.weight_buckets import BUCKET_BYTES
+from megatron_r1.weights.division import Division
 
 BUCKET_SECONDS = 60.0  # for one bucket to reach all workers
 POLL_SECONDS = 0.001
@@ -48,8 +50,8 @@ class Sender(Protocol):
     def meet(self, world_sizes: Sequence[int], *, senders: int) -> Meeting:
         """Call the servers' workers, `world_sizes[i]` of them at server i, together; again after a server restarted."""
 
-    def join(self, meeting: Meeting, mine: int | None) -> None:
-        """Open the way from this rank, sender number `mine`; once for each meeting."""
+    def join(self, meeting: Meeting, division: Division) -> None:
+        """Open the way from this rank, sender number `division.mine`; once for each meeting."""
 
     def send(self, buckets: Iterable[list[wire.Named]], others: Sequence[Iterable[wire.Described]]) -> None:
         """Return once every worker has all buckets. `others` is on rank 0 what each other sender says of its buckets."""
@@ -57,18 +59,18 @@ class Sender(Protocol):
     def close(self) -> None: ...
 
 
-def make_sender(backend: str, servers: Servers, *, rank: int = 0, folder: Path | None = None) -> Sender:
-    """The sender of rollout.weight_transfer = `backend`. `folder` is the shared folder of "file"."""
+def make_sender(backend: str, servers: Servers, *, ranks: Ranks = ALONE, folder: Path | None = None) -> Sender:
+    """The sender of rollout.weight_transfer = `backend` on one of `ranks`. `folder` is the shared folder of "file"."""
     if backend in ("nccl", "ipc") and (torch.version.cuda is None or not torch.cuda.is_available()):
         raise ValueError(f'rollout.weight_transfer = {backend!r}: needs CUDA, and there is none here; set "gloo" or "file"')
     if backend in ("gloo", "nccl"):
-        return GroupSender(servers, rank=rank, device="cpu" if backend == "gloo" else "cuda")
+        return GroupSender(servers, rank=ranks.rank(), device="cpu" if backend == "gloo" else "cuda")
     if backend == "file":
         if folder is None:
             raise ValueError('rollout.weight_transfer = "file": needs a folder that trainer and servers share')
         return FileSender(servers, folder)
     if backend == "ipc":
-        return IpcSender(servers, rank=rank)
+        return IpcSender(servers, ranks=ranks)
     raise ValueError(f'rollout.weight_transfer = {backend!r}: not a backend; use "gloo", "file", "nccl" or "ipc"')
 
 
@@ -131,8 +133,8 @@ class GroupSender:
         self.theirs = self.servers.all("/init_weight_transfer_engine", bodies)
         return Meeting(next(NUMBERS), host, self.store.port, workers)
 
-    def join(self, meeting: Meeting, mine: int | None) -> None:
-        if mine is None or meeting == self.meeting:
+    def join(self, meeting: Meeting, division: Division) -> None:
+        if division.mine is None or meeting == self.meeting:
             return
         limit = self.limit_seconds
         if self.rank == 0:
@@ -141,7 +143,7 @@ class GroupSender:
         with group_errors():
             if self.rank > 0:
                 self.store = wire.visit(meeting.host, meeting.port, limit_seconds=limit)
-            self.group = wire.make_group(self.store, sender=mine, **of_all)
+            self.group = wire.make_group(self.store, sender=division.mine, **of_all)
         if self.rank == 0:
             self.theirs.result()
         self.meeting = meeting
@@ -191,7 +193,7 @@ class FileSender:
         self.servers.all("/init_weight_transfer_engine", [{"init_info": {"root": str(self.folder)}}] * len(world_sizes)).result()
         return Meeting(next(NUMBERS))
 
-    def join(self, meeting: Meeting, mine: int | None) -> None:
+    def join(self, meeting: Meeting, division: Division) -> None:
         """The folder is all there is."""
 
     def send(self, buckets: Iterable[list[wire.Named]], others: Sequence[Iterable[wire.Described]]) -> None:
@@ -231,8 +233,8 @@ class IpcSender:
     Every rank has all weights and makes each call.
     """
 
-    def __init__(self, servers: Servers, *, rank: int) -> None:
-        self.servers, self.rank = servers, rank
+    def __init__(self, servers: Servers, *, ranks: Ranks) -> None:
+        self.servers, self.ranks = servers, ranks
         self.source = Bucket()
         self.meeting: Meeting | None = None
         self.engine: Any = None
@@ -240,14 +242,15 @@ class IpcSender:
     def meet(self, world_sizes: Sequence[int], *, senders: int) -> Meeting:
         return Meeting(next(NUMBERS), workers=sum(world_sizes))
 
-    def join(self, meeting: Meeting, mine: int | None) -> None:
+    def join(self, meeting: Meeting, division: Division) -> None:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
         if meeting == self.meeting:
             return
         self.close()
-        info = IPCTrainerInitInfo(rank=self.rank, packed=True)
+        largest = max((tensor.nbytes for part in division.parts for tensor in part), default=0)  # vLLM takes none beyond its buffer
+        info = IPCTrainerInitInfo(rank=self.ranks.rank(), packed=True, packed_buffer_size_bytes=max(BUCKET_BYTES, largest))
         self.engine = WeightTransferTrainerFactory.trainer_init(info, client=self, source=self.source)
         self.meeting = meeting
 
