@@ -513,6 +513,32 @@ def test_ipc_s_buffer_holds_the_largest_tensor(stub, client, ipc):
         assert engine.sender.engine.info.packed_buffer_size_bytes == size
 
 
+def test_a_server_that_dies_while_ranks_share_their_memory_stops_them_at_the_same_bucket(stub, client, ipc):
+    def receive(body: dict) -> Answer:
+        return (500, {"error": "engine"}) if is_dead() else (200, {})
+
+    def is_dead() -> bool:
+        return [path for path, _ in server.asked].count("/update_weights") >= 2
+
+    server, together, walked = stub(update_weights=receive, health=lambda body: (503 if is_dead() else 200, {})), Together(), [0, 0]
+
+    def weights(number: int) -> Iterator[wire.Named]:
+        for i in range(5):
+            walked[number] += 1
+            yield f"{i}", torch.ones(64)
+
+    def rank(number: int) -> None:
+        ipc(client(server.url, ranks=together.of(number))).update_weights(
+            weights(number), 1, division=Division([()], mine=None if number else 0)
+        )
+
+    with ThreadPoolExecutor(2) as ranks:
+        for done in [ranks.submit(rank, number) for number in range(2)]:
+            with pytest.raises(EngineLost):
+                done.result()
+    assert walked == [3, 3], "the third tensor ends the second bucket"
+
+
 def test_user_mistakes_are_named(stub, client):
     with pytest.raises(ValueError, match=r"rollout.urls = \[\]"):
         VLLMServers([])

@@ -236,6 +236,7 @@ class IpcSender:
     def __init__(self, servers: Servers, *, ranks: Ranks) -> None:
         self.servers, self.ranks = servers, ranks
         self.source = Bucket()
+        self.failure: EngineError | None = None  # of the servers, in this round
         self.meeting: Meeting | None = None
         self.engine: Any = None
 
@@ -256,9 +257,11 @@ class IpcSender:
 
     def send(self, buckets: Iterable[list[wire.Named]], others: Sequence[Iterable[wire.Described]]) -> None:
         for bucket in buckets:
-            self.source.tensors = [(name, tensor.detach().cuda()) for name, tensor in bucket]
+            self.source.tensors, self.failure = [(name, tensor.detach().cuda()) for name, tensor in bucket], None
             self.engine.send_weights()
             self.source.tensors = []
+            if self.ranks.any_rank(self.failure is not None):
+                raise self.failure or EngineError("weight transfer: rank 0 could not hand over a bucket; see its log")
 
     def close(self) -> None:
         if self.engine is not None:
@@ -273,7 +276,10 @@ class IpcSender:
         handles = update_info.pop("ipc_handles", None)
         if handles is not None:
             update_info["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(handles)).decode()
-        self.servers.all("/update_weights", [{"update_info": update_info}] * len(self.servers.urls)).result()
+        try:
+            self.servers.all("/update_weights", [{"update_info": update_info}] * len(self.servers.urls)).result()
+        except EngineError as error:  # raised here it would leave the other ranks in the round's collectives
+            self.failure = error
 
     def start_weight_update(self) -> None:
         """The whole update is started once, by VLLMServers, not once a bucket."""
