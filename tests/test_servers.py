@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -469,9 +470,28 @@ def test_senders_with_unequal_parts_send_at_once_and_all_of_it_arrives(stub, cli
     assert {name: t.tolist() for name, t in worker.got.items()} == {name: t.tolist() for name, t in sent.items()}
 
 
-def test_a_server_that_dies_while_many_send_is_news_to_each_of_them(stub, client):
+def test_a_server_that_dies_while_many_send_is_news_to_each_of_them(stub, client, monkeypatch):
+    aborted = []
+    monkeypatch.setattr(dist.ProcessGroupGloo, "abort", lambda group: aborted.append(group.rank()))
     with pytest.raises(EngineLost):
         send_from_two_ranks(client, Worker(stub, dies=2), (3, 3))
+    assert aborted == [0, 0], "each sender ends its group at once: on a GPU its broadcast would go on"
+
+
+def test_a_group_over_nccl_has_no_watchdog_that_ends_the_process(monkeypatch):
+    def made(*args: object) -> dict[str, str | None]:
+        return {name: os.environ.get(name) for name in names}
+
+    names = ("TORCH_NCCL_BLOCKING_WAIT", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
+    made.Options = SimpleNamespace
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", made, raising=False)
+    monkeypatch.setenv(names[1], "1")
+    for before in (None, "0"):
+        if before is not None:
+            monkeypatch.setenv(names[0], before)
+        found = wire.make_group(dist.HashStore(), sender=0, rank=0, world_size=2, device="cuda", limit_seconds=1.0)
+        assert found == {names[0]: "1", names[1]: "1"}
+        assert os.environ.get(names[0]) == before, "the trainer's own groups keep theirs"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,3 +66,43 @@ def test_a_worker_holds_its_own_experts_alone_and_no_bucket_for_their_sake(in_en
 def test_a_worker_that_may_need_any_expert_is_given_all(in_engine, ep, eplb):
     found, _ = in_engine(held, ep, eplb=eplb)
     assert found == {name: tensor.tolist() for name, tensor in bucket(0, 4) + bucket(1, 4)}
+
+
+def what_is_left(works: list[bool]) -> tuple[list[str], list[int], str]:
+    """Of a bucket of each sender, of whose broadcasts `works` says which ends: names loaded, groups aborted, the error."""
+    from megatron_r1.rollout import wire
+    from megatron_r1.rollout.vllm_engines import GroupUpdate, GroupWeightTransferEngine
+
+    class Group:
+        options = SimpleNamespace(_timeout=timedelta(seconds=0.1))
+
+        def __init__(self, sender: int) -> None:
+            self.sender = sender
+
+        def broadcast(self, tensors: list[torch.Tensor], options: Any) -> SimpleNamespace:
+            return SimpleNamespace(is_completed=lambda: works[self.sender], wait=self.wait)
+
+        def wait(self) -> None:
+            if not works[self.sender]:
+                raise RuntimeError(f"sender {self.sender} is gone")
+
+        def abort(self) -> None:
+            aborted.append(self.sender)
+
+    loaded, aborted = [], []
+    model = torch.nn.Module()
+    model.load_weights = lambda weights: loaded.extend(name for name, _ in weights)
+    config = SimpleNamespace(parallel_config=SimpleNamespace(enable_eplb=False), model_config=None)
+    engine = GroupWeightTransferEngine(None, config, torch.device("cpu"), model)
+    engine.start_weight_update()
+    engine.groups = [Group(sender) for sender in range(len(works))]
+    try:
+        engine.receive_weights(GroupUpdate([wire.describe([(f"of {sender}", torch.ones(3))]) for sender in range(len(works))]))
+    except RuntimeError as error:
+        return loaded, aborted, str(error)
+    return loaded, aborted, ""
+
+
+def test_a_worker_that_waits_for_a_lost_sender_in_vain_ends_what_the_others_send(in_engine):
+    assert in_engine(what_is_left, [True, True]) == (["of 0", "of 1"], [], "")
+    assert in_engine(what_is_left, [True, False, True]) == (["of 0"], [0, 1, 2], "sender 1 is gone")

@@ -5,11 +5,12 @@ A bucket is one `update_weights` call. vLLM collects a layer's tensors over the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -101,8 +102,10 @@ class GroupWeightTransferEngine(CheckpointEngine):
     """Buckets broadcast by the trainer's senders, all at once: over gloo on a CPU, over NCCL on a GPU."""
 
     init_info_cls, update_info_cls = GroupInit, GroupUpdate
+    groups: Sequence[dist.ProcessGroup] = ()
 
     def init_transfer_engine(self, init_info: GroupInit) -> None:
+        self.shutdown()
         mine = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
         self.groups = wire.join(
             wire.visit(init_info.host, init_info.port, limit_seconds=init_info.limit_seconds),
@@ -114,7 +117,16 @@ class GroupWeightTransferEngine(CheckpointEngine):
         )
 
     def tensors(self, update_info: GroupUpdate) -> Iterator[wire.Named]:
-        return wire.receive(self.groups, update_info.parts, device=self.device.type)
+        try:
+            yield from wire.receive(self.groups, update_info.parts, device=self.device.type)
+        except RuntimeError:
+            self._abort()  # the other senders' broadcasts too, before the memory that they write to is someone else's
+            raise
+
+    def _abort(self) -> None:
+        for group in self.groups:
+            group.abort()
 
     def shutdown(self) -> None:
-        self.groups = []
+        self._abort()
+        self.groups = ()

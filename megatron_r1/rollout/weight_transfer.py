@@ -29,7 +29,6 @@ from megatron_r1.rollout.weight_buckets import BUCKET_BYTES
 from megatron_r1.weights.division import Division
 
 BUCKET_SECONDS = 60.0  # for one bucket to reach all workers
-POLL_SECONDS = 0.001
 NUMBERS = count()  # of this process's meetings
 Round = tuple[Future[Any] | None, torch.Tensor | None, Any]  # the servers' answers, the bytes on their way, and the work that brings them
 
@@ -98,7 +97,7 @@ def watch(theirs: Future[Any] | None, ours: Callable[[], bool], limit_seconds: f
             theirs.result()
         if time.monotonic() > limit:
             raise EngineError(f"weight transfer: no answer of the servers' workers within {limit_seconds:g} s; see the servers' logs")
-        time.sleep(POLL_SECONDS)
+        time.sleep(wire.POLL_SECONDS)
 
 
 @contextlib.contextmanager
@@ -154,19 +153,24 @@ class GroupSender:
                 pass
             return
         last = None
-        for bucket, *theirs in zip_longest(buckets, *others):
-            flat = wire.pack(bucket, device=self.device) if bucket else None
+        try:
+            for bucket, *theirs in zip_longest(buckets, *others):
+                flat = wire.pack(bucket, device=self.device) if bucket else None
+                if last is not None:
+                    self._wait(*last)
+                last = self._start(flat, [wire.describe(bucket) if bucket else None, *theirs])
             if last is not None:
                 self._wait(*last)
-            last = self._start(flat, [wire.describe(bucket) if bucket else None, *theirs])
-        if last is not None:
-            self._wait(*last)
+        except EngineError:
+            self.close()  # now, while `last` holds the bytes: on a GPU a broadcast that lost a peer reads them until it is aborted
+            raise
 
     def _start(self, flat: torch.Tensor | None, parts: list[wire.Described | None]) -> Round:
         theirs = None
         if self.rank == 0:
             theirs = self.servers.all("/update_weights", [{"update_info": {"parts": parts}}] * len(self.servers.urls))
-        return theirs, flat, None if flat is None else wire.broadcast(self.group, flat)
+        with group_errors():
+            return theirs, flat, None if flat is None else wire.broadcast(self.group, flat)
 
     def _wait(self, theirs: Future[Any] | None, flat: torch.Tensor | None, work: Any) -> None:
         if work is not None:
@@ -178,6 +182,8 @@ class GroupSender:
                 work.wait()
 
     def close(self) -> None:
+        if self.group is not None:
+            self.group.abort()
         self.group = self.store = self.meeting = None
 
 

@@ -5,6 +5,9 @@ Imported on both sides, so it knows neither vLLM nor Megatron.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from math import prod
@@ -17,6 +20,7 @@ from megatron_r1.weights.division import TensorInfo
 
 ALIGNMENT = 64  # bytes: a tensor is viewed in place, so it must start where its element type may
 ARRIVED = "arrived"  # key of the rendezvous
+POLL_SECONDS = 0.001
 Named = tuple[str, torch.Tensor]
 Described = dict[str, list]  # names, dtypes and shapes of a bucket's tensors
 
@@ -70,9 +74,9 @@ def receive(groups: Sequence[dist.ProcessGroup], parts: Sequence[Described | Non
             types = [getattr(torch, name) for name in part["dtypes"]]
             sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(part["shapes"], types, strict=True)]
             flat = torch.empty(sum(map(padded, sizes)), dtype=torch.uint8, device=device)
-            coming.append((broadcast(group, flat), flat, zip(part["names"], types, part["shapes"], sizes, strict=True)))
-    for work, flat, tensors in coming:
-        work.wait()
+            coming.append((group, broadcast(group, flat), flat, zip(part["names"], types, part["shapes"], sizes, strict=True)))
+    for group, work, flat, tensors in coming:
+        finish(group, work)
         offset = 0
         for name, dtype, shape, size in tensors:
             yield name, flat[offset : offset + size].view(dtype).view(shape)
@@ -84,6 +88,29 @@ def broadcast(group: dist.ProcessGroup, flat: torch.Tensor) -> dist.Work:
     options = dist.BroadcastOptions()
     options.rootRank = 0
     return group.broadcast([flat], options)
+
+
+def finish(group: dist.ProcessGroup, work: dist.Work) -> None:
+    """Wait until it is done; RuntimeError when a peer is gone or the group's limit is over."""
+    limit = time.monotonic() + group.options._timeout.total_seconds()
+    while not work.is_completed() and time.monotonic() < limit:
+        time.sleep(POLL_SECONDS)  # NCCL's own wait sleeps 10 ms at a time, in which a bucket is there
+    work.wait()
+
+
+@contextlib.contextmanager
+def no_watchdog() -> Iterator[None]:
+    """NCCL groups that are made here have none: where a peer is gone it would end the process. Instead `wait` raises, as gloo's does."""
+    name = "TORCH_NCCL_BLOCKING_WAIT"
+    before = os.environ.get(name)
+    os.environ[name] = "1"  # torch reads it as it makes a group
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def listen(host: str, *, limit_seconds: float) -> dist.TCPStore:
@@ -124,7 +151,8 @@ def make_group(
         return dist.ProcessGroupGloo(prefixed, rank, world_size, gloo.options(timeout, address))
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    return dist.ProcessGroupNCCL(prefixed, rank, world_size, options)
+    with no_watchdog():
+        return dist.ProcessGroupNCCL(prefixed, rank, world_size, options)
 
 
 def padded(size: int) -> int:
