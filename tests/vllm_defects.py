@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from vllm import LLM, SamplingParams
@@ -19,7 +22,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from megatron_r1.rollout import vllm_plugin
 
-MENDS = {mend.name: mend for mend in vllm_plugin.MENDS}
+MENDS = {mend.name: mend for mend in (*vllm_plugin.MENDS, *vllm_plugin.CPU_MENDS)}
 
 
 def both(name: str, error: Callable[[], float]) -> dict[str, float]:
@@ -36,6 +39,22 @@ def attribute(name: str) -> Callable:
     for part in path.split("."):
         found = getattr(found, part)
     return found
+
+
+def all_answers() -> float:
+    """The share of wrong answers to a call of two workers, after one in which the first of them has failed."""
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
+
+    done, failed = WorkerProc.ResponseStatus.SUCCESS, WorkerProc.ResponseStatus.FAILURE
+    said = [deque([(failed, "no"), (done, "second")]), deque([(done, "first"), (done, "second")])]
+    executor = object.__new__(MultiprocExecutor)
+    executor.is_failed, executor.futures_queue = False, deque()
+    executor.rpc_broadcast_mq = SimpleNamespace(enqueue=lambda call: None)
+    executor.response_mqs = [SimpleNamespace(dequeue=lambda timeout, answers=answers: answers.popleft()) for answers in said]
+    with suppress(RuntimeError):
+        executor.collective_rpc("update_weights")
+    answers = executor.collective_rpc("start_weight_update")
+    return sum(answer != "second" for answer in answers) / len(answers)
 
 
 def rope_3d() -> float:
@@ -118,6 +137,7 @@ def moe_reload(folder: Path) -> dict[str, float]:
 
 def main(folder: Path) -> None:
     errors = {
+        "all_answers": both("all_answers", all_answers),
         "rope_3d": both("rope_3d", rope_3d),
         "moe_reload": moe_reload(folder),  # makes an engine, which puts the CPU kernels in place that the next ones call
         "speculative_expand": both("speculative_expand", speculative_expand),

@@ -1,8 +1,8 @@
 """Our plug-in of vLLM, loaded by each of its processes (entry point group `vllm.general_plugins`).
 
 It registers weight-transfer backends for which our own ranks send, has tokens sent in packets (vllm_outputs.py), and mends what vLLM
-0.32.0's CPU build gets wrong, mostly without an error: the model simply computes something else. Each mend has a test that fails
-when the stock build no longer needs it.
+0.32.0 gets wrong, most of it in the CPU build alone and without an error: the model simply computes something else. Each mend has a
+test that fails when the stock build no longer needs it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,9 +33,8 @@ def register() -> None:
     for name, engine in ENGINES.items():
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, "megatron_r1.rollout.vllm_engines", engine)
-    if current_platform.is_cpu():
-        for mend in MENDS:
-            apply(mend)
+    for mend in (*MENDS, *CPU_MENDS) if current_platform.is_cpu() else MENDS:
+        apply(mend)
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,26 @@ def apply(mend: Mend) -> None:
         mended = functools.wraps(stock)(mend.build(stock))
         mended.is_mended = True
         setattr(owner, name, mended)
+
+
+def _all_answers(stock: Callable) -> Callable:
+    def collective_rpc(self: Any, *call: Any, unique_reply_rank: int | None = None, **named: Any) -> Any:
+        if unique_reply_rank is not None:
+            return stock(self, *call, unique_reply_rank=unique_reply_rank, **named)
+        queues, taken = self.response_mqs, []
+
+        def dequeue(rank: int, timeout: float | None = None) -> Any:
+            if not taken:
+                taken.extend([queue.dequeue(timeout=timeout) for queue in queues])
+            return taken[rank]
+
+        self.response_mqs = [SimpleNamespace(dequeue=functools.partial(dequeue, rank)) for rank in range(len(queues))]
+        try:
+            return stock(self, *call, **named)
+        finally:
+            self.response_mqs = queues
+
+    return collective_rpc
 
 
 def _rotate_3d(stock: Callable) -> Callable:
@@ -142,6 +162,14 @@ def _reduce_scatterv(stock: Callable) -> Callable:
 LAYERS = "vllm.model_executor.layers"
 COMMUNICATOR = "vllm.distributed.device_communicators.cpu_communicator:CpuCommunicator"
 MENDS = (
+    Mend(
+        "all_answers",
+        "where one worker fails the others' answers stay in their queues, and the next call takes them for its own",
+        "vllm.v1.executor.multiproc_executor:MultiprocExecutor.collective_rpc",
+        _all_answers,
+    ),
+)
+CPU_MENDS = (
     Mend(
         "rope_3d",
         "the C++ rotary_embedding reads [tokens, heads, size] queries with the strides of [tokens, heads * size]",
