@@ -102,7 +102,7 @@ def test_r1_tiny_refuses_a_folder_of_another_seed_and_leaves_it_as_it_is(tmp_pat
 @pytest.mark.parametrize(("seed", "overrides"), [("", ""), ("1", ""), ("2", "seed=2 dir=runs/r1-tiny-2")])
 def test_make_gives_each_seed_of_r1_tiny_a_folder_of_its_own(seed: str, overrides: str):
     alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # these tests run under make themselves
-    make = ["make", "-n", "r1-tiny", f"SEED={seed}"]
+    make = ["make", "-n", "r1-tiny", f"SEED={seed}", "ARGS="]
     said = subprocess.run(make, cwd=ROOT, env=alone, capture_output=True, text=True, check=True).stdout
     assert said.splitlines()[-1].split("r1-tiny", 1)[1].strip() == overrides
 
