@@ -67,13 +67,31 @@ class Chat:
     def sequence(self, conversation: Conversation) -> TokenSequence:
         """The conversation's tokens; learned are those the assistant writes, its end token included.
 
-        Each turn is tokenized on its own, as in a rollout, where the completion follows the prompt's tokens. Where the template
-        shortens an earlier answer (R1's drops its reasoning), what stands before the last answer is context and not learned.
-        Raises ValueError if the template drops or rewrites what was said, or does not end an assistant's turn.
+        Each turn is tokenized on its own, as in a rollout, where the completion follows the prompt's tokens.
+        Raises what `parts` raises, and ValueError if the template does not end an assistant's turn.
         """
-        messages = list(conversation.messages)
         ids: list[int] = []
         learned: list[int] = []
+        for context, written in self.parts(conversation):
+            given, answer = self._ids(context), self._ids(written)
+            if self.eos_id not in answer:
+                raise ValueError(
+                    f"the chat template does not end an assistant's message with {self.tokenizer.eos_token!r}, "
+                    "so the model would never learn to stop; correct the template or the tokenizer's eos_token"
+                )
+            end = len(answer) - answer[::-1].index(self.eos_id)  # templates may write a line break after the end token
+            ids += given + answer
+            learned += [0] * len(given) + [1] * end + [0] * (len(answer) - end)
+        return TokenSequence(ids=ids, learned=learned)
+
+    def parts(self, conversation: Conversation) -> list[tuple[str, str]]:
+        """The conversation's text by the assistant's turns: what stands before the turn, and the turn, which is learned.
+
+        Where the template shortens an earlier answer (R1's drops its reasoning), what stands before the last answer is context and not
+        learned. Raises ValueError if the template drops or rewrites what was said.
+        """
+        messages = list(conversation.messages)
+        parts: list[tuple[str, str]] = []
         done = ""
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -88,18 +106,10 @@ class Chat:
                     "so its tokens cannot be learned as written; use a template that keeps every message in full"
                 )
             if not before.startswith(done):
-                ids, learned, done = [], [], ""
-            given, answer = self._ids(before[len(done) :]), self._ids(after[len(before) :])
-            if self.eos_id not in answer:
-                raise ValueError(
-                    f"the chat template does not end an assistant's message with {self.tokenizer.eos_token!r}, "
-                    "so the model would never learn to stop; correct the template or the tokenizer's eos_token"
-                )
-            end = len(answer) - answer[::-1].index(self.eos_id)  # templates may write a line break after the end token
-            ids += given + answer
-            learned += [0] * len(given) + [1] * end + [0] * (len(answer) - end)
+                parts, done = [], ""
+            parts.append((before[len(done) :], after[len(before) :]))
             done = after
-        return TokenSequence(ids=ids, learned=learned)
+        return parts
 
     def scored_ids(self, conversation: Conversation) -> list[int]:
         """The conversation as a reward model's server tokenizes its messages: rendered whole, then tokenized at once.

@@ -6,9 +6,9 @@ R1's 800,000 are four billion tokens, which no node holds once for each of its r
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_r1.chat import Chat
 from megatron_r1.data import Dataset, jsonl_lines, jsonl_row
@@ -16,6 +16,7 @@ from megatron_r1.packing import TokenSequence
 from megatron_r1.problem import Conversation
 
 ROLES = ("system", "user", "assistant")
+Read = TypeVar("Read")
 KEPT_TOKENS = 1 << 22  # that stay tokenized: all of a small file, so that its later epochs cost nothing; 200 MB
 
 
@@ -51,12 +52,14 @@ class Conversations(Sequence[Conversation]):
 
 
 class Tokenized(Sequence[TokenSequence]):
-    """The conversations' tokens; a chat template that cannot be learned from is a ValueError with file and line."""
+    """The conversations' tokens. One that the chat template rewrites is a ValueError with file and line, before the first is trained on."""
 
     def __init__(self, conversations: Conversations, chat: Chat, *, kept_tokens: int = KEPT_TOKENS) -> None:
         self.conversations, self.chat = conversations, chat
         self.kept: dict[int, TokenSequence] = {}
         self.room = kept_tokens
+        for index in range(len(conversations)):
+            self._read(index, chat.parts)
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -64,14 +67,17 @@ class Tokenized(Sequence[TokenSequence]):
     def __getitem__(self, index: int) -> TokenSequence:
         if index in self.kept:
             return self.kept[index]
-        try:
-            sequence = self.chat.sequence(self.conversations[index])
-        except ValueError as error:
-            raise ValueError(f"{self.conversations.where(index)}: {error}") from None
+        sequence = self._read(index, self.chat.sequence)
         if len(sequence.ids) <= self.room:
             self.room -= len(sequence.ids)
             self.kept[index] = sequence
         return sequence
+
+    def _read(self, index: int, how: Callable[[Conversation], Read]) -> Read:
+        try:
+            return how(self.conversations[index])
+        except ValueError as error:
+            raise ValueError(f"{self.conversations.where(index)}: {error}") from None
 
 
 class Batches:
@@ -96,13 +102,13 @@ class Batches:
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch begins."""
-        return self.cursor
+        return self.cursor | {"left_out": self.left_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues there; before the first batch is taken."""
         assert self.coming is None, "a batch of another place is on its way"
         self.dataset.load_state_dict(state)
-        self.cursor = self.dataset.state_dict()
+        self.cursor, self.left_out = self.dataset.state_dict(), state.get("left_out", 0)
 
     def _draw(self) -> tuple[list[TokenSequence], int, dict[str, int]]:
         """A batch, how many were too long for it, and the cursor after it."""

@@ -17,7 +17,7 @@ from megatron_r1 import config as configuration
 from megatron_r1 import data
 from megatron_r1.checks import check
 from megatron_r1.config_stages import StageConfig
-from megatron_r1.launch import Servers, run_ranks
+from megatron_r1.launch import Servers, run_ranks, server_gpus
 from megatron_r1.worked_examples import conversations
 
 STAGES = ("sft", "grpo")
@@ -32,7 +32,7 @@ def demo(overrides: list[str]) -> int:
     Path(root).mkdir(parents=True, exist_ok=True)
     print(f"R1 in miniature, seed {sft.run.seed}, in {root}", flush=True)
     started = time.time()
-    with Servers(sft, Path(root, "logs")) as servers:  # they start while the first stage builds its model
+    with Servers(sft, Path(root, "logs"), gpus=server_gpus(sft)) as servers:  # they start while the first stage builds its model
         write_examples(sft, terse=TERSE)
         for stage in STAGES:
             settings = sft if stage == "sft" else load(stage, root, rest)
@@ -69,6 +69,8 @@ def worked_examples(arguments: list[str]) -> int:
     sft = configuration.load("sft", arguments[0], arguments[1:])
     if sft.data.conversations is None:
         raise ValueError("data.conversations: required, and not set; give the file to write")
+    if Path(sft.data.conversations).exists():
+        raise ValueError(f"data.conversations = {sft.data.conversations!r}: is there already; delete it, or name another file")
     Path(sft.data.conversations).parent.mkdir(parents=True, exist_ok=True)
     write_examples(sft, terse=TERSE)
     print(sft.data.conversations)

@@ -1,6 +1,6 @@
 """One dict a step goes to TensorBoard, to metrics.jsonl and, shortened, to the console.
 
-Prefixes say where a figure comes from: reward/ policy/ rollout/ sync/ moe/ eval/ reject/ time/ perf/ cost/.
+Prefixes say where a figure comes from: reward/ policy/ rollout/ sync/ moe/ eval/ reject/ data/ time/ perf/ cost/.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ CONSOLE: tuple[tuple[str, str], ...] = (
     ("eval/pass@1", "pass@1 {:.3f}"),
     ("reject/samples", "sampled {:.0f}"),
     ("reject/kept", "kept {:.0f}"),
+    ("data/left_out", "left out {:.0f}"),
     ("rollout/length_mean", "len {:.0f}"),
     ("rollout/truncated", "cut {:.2f}"),
     ("policy/entropy", "H {:.3f}"),

@@ -54,7 +54,9 @@ def test_a_resumed_run_takes_what_comes_next_though_more_was_tokenized_by_then(p
     unbroken, broken, resumed = batches(path), batches(path), batches(path)
     expected = [unbroken.take() for _ in range(9)]
     assert [broken.take() for _ in range(5)] == expected[:5]
+    broken.left_out = 3
     resumed.load_state_dict(broken.state_dict())
+    assert resumed.left_out == 3
     assert [resumed.take() for _ in range(4)] == expected[5:]
 
 
@@ -72,10 +74,8 @@ def test_conversations_that_are_all_too_long_are_a_one_line_error(path: str):
         batches(path, longest=3).take()
 
 
-def test_a_conversation_that_the_template_rewrites_is_named_by_its_line(path: str):
+def test_a_conversation_that_the_template_rewrites_is_named_by_its_line_before_anything_is_trained(path: str):
     template = Path(path).with_name("t.jinja")
     template.write_text("{% for m in messages %}{{ m.content | replace('77', '8') }}{{ eos_token }}{% endfor %}")
-    tokenized = Tokenized(Conversations(path), Chat(TINY, chat_template=str(template)))
-    assert tokenized[0].learned
     with pytest.raises(ValueError, match=r"c\.jsonl:3: the chat template rewrites"):
-        tokenized[1]
+        Tokenized(Conversations(path), Chat(TINY, chat_template=str(template)))

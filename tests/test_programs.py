@@ -182,6 +182,9 @@ def test_the_path_of_the_only_file_may_be_left_out_and_no_tests_is_a_failure():
     answer = json.dumps({"files": {"a.py": "x = 1"}, "tests": {"t.py": "import a\ndef test_x():\n    assert a.x == 2"}})
     assert bugfix.reward(fenced("x = 2"), problem(answer), **PATIENT) == 1.0
     assert bugfix.reward("x = 2", problem(answer), **PATIENT) == 0.0
+    for info in ("python3.11", "{.python}", "a.py", "python:a.py"):
+        assert bugfix.reward(fenced("x = 2", info), problem(answer), **PATIENT) == 1.0, info
+    assert bugfix.reward(fenced("x = 2", "python a.py") + "\n```\n1 passed\n```\n", problem(answer), **PATIENT) == 1.0
     assert bugfix.reward(f"{fenced('x = 2')}\nRun it:\n```bash\npython t.py\n```\n", problem(answer), **PATIENT) == 1.0
     none = json.dumps({"files": {"a.py": "x = 1"}, "tests": {"t.py": "import a"}})
     assert bugfix.reward(fenced("x = 2"), problem(none), **PATIENT) == 0.0

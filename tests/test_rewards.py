@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import math_verify
 import pytest
 
 from megatron_r1.problem import Problem
-from megatron_r1.rewards import accuracy, format, language
+from megatron_r1.rewards import accuracy, choice, format, language, short_answer
+from megatron_r1.verifying.completion import code_blocks
 
 RIGHT = [
     ("<think>1+1</think><answer>2</answer>", "2"),
@@ -31,6 +33,14 @@ RIGHT = [
     ("<answer>$18</answer>", "18"),
     ("<answer>.5</answer>", "0.5"),
     ("<answer>Paris.</answer>", "Paris"),
+    ("\\boxed{42\\,}", "42"),
+    ("\\boxed{x^2\\;}", "x^2"),
+    ("\\boxed{42}", "42\\,"),
+    ("<answer>$5\\,$</answer>", "5"),
+    ("<answer>The answer is 5.</answer>", "5"),
+    ("<answer>She makes $18 every day.</answer>", "18"),
+    ("<answer>The answer is $5$.</answer>", "5"),
+    ("\\boxed{\\text{east}}", "\\text{East}"),
     ("\\boxed{204}", "204."),
     ("\\boxed{\\text{\u7532}}", "\u7532\u3002"),
     ("\\boxed{2} and then an open \\boxed{3", "2"),
@@ -50,6 +60,9 @@ WRONG = [
     ("<answer>x^2</answer>", "x^2+1"),
     ("<answer>2.5</answer>", "25"),
     (f"\\boxed{{{'9' * 5000}}}", "204"),
+    ("\\boxed{\\text{AB}}", "\\text{BA}"),
+    ("\\boxed{\\text{stop}}", "\\text{pots}"),
+    ("\\boxed{\\text{Peter and Mary}}", "\\text{Mary and Peter}"),
 ]
 
 
@@ -134,6 +147,20 @@ def test_language_is_the_share_of_the_reasonings_words(reasoning: str, prompt: s
     answer = "<answer>\u043e\u0442\u0432\u0435\u0442</answer>"  # what is outside the reasoning does not count
     assert language.reward(f"<think>{reasoning}</think>{answer}", problem(prompt=prompt), **options) == pytest.approx(share)
     assert language.reward(f"<think>{reasoning}", problem(prompt=prompt), **options) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["\\(", "\\[", "$", "\\boxed{", "$*", "{", " ", "\u7b54\u6848 ", "(A", "\\,", "\n```", "<think>"])
+def test_a_text_without_sense_or_end_is_judged_at_once(text: str):
+    nonsense = f"<think>a</think>\u7b54\u6848{text * (100_000 // len(text))}"
+    started = time.process_time()
+    for one in (nonsense, f"<think>{nonsense}", f"{nonsense}</answer>", f"\\boxed{{{nonsense}}}"):
+        accuracy.reward(one, problem("1"))
+        choice.reward(one, problem("A"))
+        short_answer.reward(one, problem("a"))
+        language.reward(one, problem())
+        format.reward(one, problem())
+        code_blocks(one)
+    assert time.process_time() - started < 8.0, "a verification may take 10 s; a search that starts anew at every character takes minutes"
 
 
 def test_a_verifiers_process_does_not_import_torch():

@@ -50,9 +50,12 @@ def all_answers() -> float:
     executor = object.__new__(MultiprocExecutor)
     executor.is_failed, executor.futures_queue = False, deque()
     executor.rpc_broadcast_mq = SimpleNamespace(enqueue=lambda call: None)
-    executor.response_mqs = [SimpleNamespace(dequeue=lambda timeout, answers=answers: answers.popleft()) for answers in said]
+    executor.response_mqs = [
+        SimpleNamespace(dequeue=lambda timeout, answers=answers: answers.popleft(), answers=answers) for answers in said
+    ]
     with suppress(RuntimeError):
         executor.collective_rpc("update_weights")
+    assert [queue.answers for queue in executor.response_mqs] == said, "the executor has its own queues again"
     answers = executor.collective_rpc("start_weight_update")
     return sum(answer != "second" for answer in answers) / len(answers)
 

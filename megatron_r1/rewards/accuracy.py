@@ -16,8 +16,8 @@ from megatron_r1.problem import Problem
 from megatron_r1.verifying.completion import final_answer
 
 NUMBER = re.compile(r"[+-]?\d{1,99}(\.\d{1,99})?")
-TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
-STOPS = " .,;\u3002\uff0c\uff1b"  # that a sentence has after its answer
+TEXT = re.compile(r"^\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}$")
+STOPS = tuple(".,;\u3002\uff0c\uff1b")  # that a sentence has after its answer
 LONGEST = 2000  # characters of an answer; of what never ends, math-verify would make numbers that Python refuses
 
 # It warns that it runs without a time limit: the verifier pool has one, and it works off the main thread.
@@ -36,31 +36,48 @@ def warm_up() -> None:
 
 
 def is_equal(found: str, reference: str) -> bool:
-    """Same text, same plain number, or the same to math-verify. An answer that cannot be parsed is not equal."""
-    found, reference = _bare(found), _bare(reference)
-    if found == reference:
-        return True
+    """Same words, same plain number, or the same to math-verify. An answer that cannot be parsed, or never ends, is not equal.
+
+    math-verify is given the answers as written, for it may need a sentence's dollars and full stop to find what is mathematics; then,
+    if that has not made them equal, without them.
+    """
     if len(found) > LONGEST:
         return False
-    if NUMBER.fullmatch(found) and NUMBER.fullmatch(reference):
-        return Fraction(found) == Fraction(reference)
-    expected = _parse(reference)
-    # math-verify answers False to its own errors too; a reference that does not equal itself shows that it is at fault.
-    if not _math_verify().verify(expected, expected, timeout_seconds=None):
+    written, bare = [_plain(answer) for answer in (found, reference)], [_bare(answer) for answer in (found, reference)]
+    words = [TEXT.sub(r"\1", answer) for answer in bare]
+    if words[0] == words[1]:
+        return True
+    if all(NUMBER.fullmatch(answer) for answer in words):
+        return Fraction(words[0]) == Fraction(words[1])
+    verify, can_judge = _math_verify().verify, False
+    for answer, expected in dict.fromkeys((tuple(written), tuple(bare))):
+        expected_form = _parse(expected)
+        # math-verify answers False to its own errors too; a reference that does not equal itself shows that it is at fault.
+        if not verify(expected_form, expected_form, timeout_seconds=None):
+            continue
+        can_judge = True
+        if verify(expected_form, _parse(answer), timeout_seconds=None):
+            return True
+    if not can_judge:
         raise ValueError(f"math-verify cannot judge the reference answer {reference!r}; correct it or use another reward")
-    return _math_verify().verify(expected, _parse(found), timeout_seconds=None)
+    return False
+
+
+def _plain(answer: str) -> str:
+    return " ".join(answer.strip().strip("$").split())
 
 
 def _bare(answer: str) -> str:
-    """The answer without what surrounds it: the sentence's full stop, mathematics' dollars, emphasis, a box of text."""
-    bare, before = " ".join(answer.split()), ""
+    """The answer without what surrounds it: LaTeX's spaces, the sentence's full stop, mathematics' dollars, emphasis."""
+    bare, before = _plain(answer), ""
     while bare != before:
-        before, bare = bare, bare.rstrip(STOPS).lstrip()
+        before, bare = bare, bare.strip().removesuffix("\\")
+        if bare[-1:] in STOPS:
+            bare = bare[:-1]
         for mark in "$*`":
             if len(bare) > 1 and bare[0] == bare[-1] == mark:
                 bare = bare[1:-1]
-    words = TEXT.fullmatch(bare)
-    return (words[1] if words else bare).strip("$ ")
+    return bare
 
 
 @lru_cache(maxsize=4096)

@@ -8,7 +8,7 @@ Each file of tests has TestCases or functions test_* without parameters, and run
 files; fixtures of pytest are not there. The fenced blocks of the conclusion change the files, in order:
 
     ```diff                    a unified diff, of one file or several
-    ```python shop/cart.py     the whole new text of that file; the path may be left out where there is one file
+    ```python shop/cart.py     the whole new text of that file; the path may be left out where there is one file, and so may the language
 """
 
 from __future__ import annotations
@@ -69,20 +69,19 @@ def check(*, unsafe: bool = False, **_: Any) -> None:
 
 def changed(files: Mapping[str, str], completion: str) -> dict[str, str]:
     """The files with the completion's changes. Raises DoesNotApply for none, or one to a file that does not exist."""
-    new, is_changed = dict(files), False
+    new, named = dict(files), False
+    only = next(iter(files)) if len(files) == 1 else ""
     for block in code_blocks(completion):
-        is_named = len(block.info) >= 2
-        path = block.info[-1] if is_named else next(iter(files)) if len(files) == 1 else None
-        if block.info[:1] in (("diff",), ("patch",)):
-            new = patches.apply(new, block.text)
-        elif path in files and (is_named or block.is_python):
-            new[path] = block.text
-        elif is_named and block.is_python:
-            raise patches.DoesNotApply(f"no file {path!r}")
-        else:
-            continue  # a command, or what one prints
-        is_changed = True
-    if not is_changed:
+        first, last = (block.info[0].lower(), block.info[-1]) if block.info else ("", "")
+        if first in ("diff", "patch"):
+            new, named = patches.apply(new, block.text), True
+        elif last in files:
+            new[last], named = block.text, True
+        elif block.is_python and len(block.info) >= 2:
+            raise patches.DoesNotApply(f"no file {last!r}")
+        elif only and (block.is_python or only.endswith(f".{first}")) and not (named and not first):
+            new[only] = block.text  # else a command, or what one prints, as a block without a name is after one with
+    if new == files and not named:
         raise patches.DoesNotApply("no changes")
     return new
 

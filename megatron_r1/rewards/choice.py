@@ -50,14 +50,14 @@ def chosen(completion: str) -> str | None:
 
 def letter(text: str) -> str | None:
     """The letter of a text that is an option: "C", "(c)", "C. 42 J"; None for any other."""
-    bare = without_marks(text).strip()
+    bare = " ".join(without_marks(text).split())
     found = OPTION.fullmatch(bare.upper() if len(bare) <= len("(c).") else bare)
     return next(filter(None, found.groups())) if found else None
 
 
 def _said(text: str) -> str | None:
     """The letter that a text ends up naming."""
-    bare = without_marks(text)
+    bare = " ".join(without_marks(text).split())
     said = [next(filter(None, letters)) for letters in SAID.findall(bare)]
     if said:
         return said[-1]

@@ -15,7 +15,8 @@ from typing import Literal
 
 from megatron_r1.problem import Problem
 
-FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]", re.DOTALL)
+# an opening bracket ends the search for the one before it, or a text of nothing else would take minutes
+FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$\n]*\$|\\\((?:(?!\\\().)*?\\\)|\\\[(?:(?!\\\[).)*?\\\]", re.DOTALL)
 NAME = re.compile(r"(?<![a-zA-Z])[a-zA-Z]{1,4}(?![a-zA-Z])")
 LATEX_COMMAND = re.compile(r"\\(?:begin|end)\{[a-zA-Z]+\*?\}|\\[a-zA-Z]+")
 TAG = re.compile(r"</?(think|answer)>")

@@ -7,11 +7,11 @@ test that fails when the stock build no longer needs it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron_r1.rollout.server_process import SENDING
 
 ENGINES = dict.fromkeys(SENDING.values(), "GroupWeightTransferEngine") | {"file": "FileWeightTransferEngine"}
+ANSWER_SECONDS = 60.0  # for the other workers to answer where one has failed
 
 
 def register() -> None:
@@ -59,22 +60,37 @@ def apply(mend: Mend) -> None:
         setattr(owner, name, mended)
 
 
+class Answer:
+    """A worker's queue of answers, and whether that to this call is still to come."""
+
+    def __init__(self, queue: Any) -> None:
+        self.queue, self.is_due = queue, True
+
+    def dequeue(self, timeout: float | None = None) -> Any:
+        self.is_due = False
+        return self.queue.dequeue(timeout=timeout)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.queue, name)  # a worker that dies has the executor shut all queues down
+
+
 def _all_answers(stock: Callable) -> Callable:
     def collective_rpc(self: Any, *call: Any, unique_reply_rank: int | None = None, **named: Any) -> Any:
         if unique_reply_rank is not None:
             return stock(self, *call, unique_reply_rank=unique_reply_rank, **named)
-        queues, taken = self.response_mqs, []
-
-        def dequeue(rank: int, timeout: float | None = None) -> Any:
-            if not taken:
-                taken.extend([queue.dequeue(timeout=timeout) for queue in queues])
-            return taken[rank]
-
-        self.response_mqs = [SimpleNamespace(dequeue=functools.partial(dequeue, rank)) for rank in range(len(queues))]
+        queues = self.response_mqs
+        self.response_mqs = answers = [Answer(queue) for queue in queues]
         try:
             return stock(self, *call, **named)
+        except RuntimeError:
+            with contextlib.suppress(TimeoutError):  # of one that waits for the worker that failed
+                for answer in answers:
+                    if answer.is_due:
+                        answer.dequeue(timeout=ANSWER_SECONDS)
+            raise
         finally:
-            self.response_mqs = queues
+            if self.response_mqs is answers:  # else it has shut down
+                self.response_mqs = queues
 
     return collective_rpc
 

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from megatron_r1 import checks, cost, data, evaluation
 from megatron_r1.chat import Chat
-from megatron_r1.config_stages import StageConfig
+from megatron_r1.config_stages import GRPOConfig, StageConfig
 from megatron_r1.conversations import Batches
 from megatron_r1.mcore import checkpoint, distributed
 from megatron_r1.mcore.offload import Offload
@@ -85,7 +85,8 @@ def make(config: StageConfig, *, steps: int, train_mtp: bool = False) -> Parts:
     held_out: list[Problem] = []
     if engine is not None:
         problems, held_out = load_problems(config)
-        chat.check_prompts([*problems.all(), *held_out], limit=config.rollout.max_prompt_tokens)
+        asked = [*(problems.all() if isinstance(config, GRPOConfig) else ()), *held_out[: config.evaluation.problems]]
+        chat.check_prompts(asked, limit=config.rollout.max_prompt_tokens)
         fleet = make_fleet(config, engine, policy)
         if distributed.is_model_parallel_leader():
             scorer = make_scorer(config)

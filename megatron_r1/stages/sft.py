@@ -32,7 +32,7 @@ def main(config: SFTConfig) -> None:
         with watch.phase("train"):
             record = policy.train_step(common.packed(policy, sequences, chunk_tokens=config.chunk_tokens), sft.loss)
         record |= watch.record()
-        record["data/left_out"] = float(batches.left_out)
+        record |= {"data/left_out": float(batches.left_out)} if batches.left_out else {}
         record["perf/tokens_per_second"] = sum(len(s.ids) for s in sequences) / record["time/step"]
         is_last = policy.step >= config.steps
         if common.is_due(config.evaluation.every, policy.step, before) or (is_last and config.evaluation.at_end):

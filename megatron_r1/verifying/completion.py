@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-PYTHON = ("python", "python3", "py")
+PYTHON = re.compile(r"py(?:thon)?[\d.]*", re.IGNORECASE)
+BOX, BRACE = re.compile(r"\\boxed\{"), re.compile(r"[{}]")
 MARKS = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|it|rm|sf|tt|bb)|boldsymbol|bm|bf|rm|operatorname|left|right)(?![a-zA-Z])"
     r"|\\[()\[\]]|[{}$*`]"
 )
 SPACES = re.compile(r"\\[ ,;:!]|\\quad(?![a-zA-Z])|~")
+INFO = re.compile(r"[^\s:{}.][^\s:{}]*")  # words, also of "python:folder/name.py" and "{.python}"
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 FENCED = re.compile(r"(?:^|<answer>)[ \t]*(`{3,})([^\n`]*)\n(.*?)^[ \t]*\1[ \t]*(?=$|</answer>)", re.DOTALL | re.MULTILINE)
 
@@ -25,7 +27,7 @@ class Block:
     @property
     def is_python(self) -> bool:
         """Whether it says so, or does not say what it is."""
-        return not self.info or self.info[0].lower() in PYTHON
+        return not self.info or PYTHON.fullmatch(self.info[0]) is not None
 
 
 def conclusion(completion: str) -> str | None:
@@ -49,15 +51,13 @@ def final_answer(completion: str) -> str | None:
 
 def last_box(text: str) -> str | None:
     """The content of the last complete `\\boxed{...}`, braces balanced."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth = 0
-        for end in range(start + len("\\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start + len("\\boxed{") : end]
-        start = text.rfind("\\boxed{", 0, start)
-    return None
+    boxes, opened, last = {box.end() for box in BOX.finditer(text)}, [], (-1, -1)
+    for brace in BRACE.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif opened and (start := opened.pop()) in boxes:
+            last = max(last, (start, brace.start()))
+    return text[slice(*last)] if last[0] >= 0 else None
 
 
 def without_marks(text: str) -> str:
@@ -67,4 +67,4 @@ def without_marks(text: str) -> str:
 
 def code_blocks(completion: str) -> list[Block]:
     """The fenced blocks of the conclusion, in order; one that is not closed is none."""
-    return [Block(tuple(info.split()), body) for _, info, body in FENCED.findall(conclusion(completion) or "")]
+    return [Block(tuple(INFO.findall(info)), body) for _, info, body in FENCED.findall(conclusion(completion) or "")]
