@@ -1,4 +1,4 @@
-"""A dense student in the whole loop: trainer ranks, a real vLLM server, weights synced live, the model exported."""
+"""A dense student in the whole loop: trainer ranks, a real vLLM server, weights synced live, the model exported; and its server alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 from commands import run
 from families import config, write_model
+
+from megatron_r1.processes import free_port
+from megatron_r1.rollout.engine import Request, SamplingParams
+from megatron_r1.rollout.server_process import ServerProcess, server_command
+from megatron_r1.rollout.vllm_server import VLLMServers
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "configs" / "models" / "tiny_v3"  # for its tokenizer
@@ -67,3 +72,22 @@ def test_sampler_and_trainer_agree_before_and_after_a_weight_sync(tmp_path):
     _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "run/hf", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
+
+
+@pytest.mark.slow
+def test_seeded_prompts_that_are_more_than_a_step_of_the_engine_takes_are_all_answered(tmp_path):
+    """Of a prompt in chunks with a seed vLLM's CPU build dies; V3's kind it never cuts, others it would."""
+    port = free_port()
+    settings = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 64, "kv_cache_bytes": 64 << 20}
+    argv, env = server_command(str(ROOT / "configs" / "models" / "tiny_qwen2"), port=port, **settings)
+    server = ServerProcess(argv, env, port=port, log_file=tmp_path / "server.log")
+    server.start()
+    engine = VLLMServers([server.url], max_num_seqs=64, request_limit_seconds=LIMIT, own_weights=True)
+    try:
+        server.wait_ready(LIMIT)
+        requests = [Request(i, [3 + (i + j) % 60 for j in range(100)], seed=i) for i in range(64)]
+        found = dict(engine.generate(requests, SamplingParams(max_tokens=4, n=2)))
+    finally:
+        engine.close()
+        server.stop()
+    assert [len(c.token_ids) for i in range(64) for c in found[i]] == [4] * 128

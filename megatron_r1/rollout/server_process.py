@@ -40,6 +40,9 @@ CPU_ENV = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
 }
+# A prompt in chunks is sampled from at each, and vLLM takes back what that drew of its seed; torch's CPU generators cannot, and the engine
+# dies. MLA has no chunks on a CPU anyway.
+CPU_SWITCHES = ["--enforce-eager", "--no-enable-chunked-prefill"]
 
 
 def is_cpu_build() -> bool:
@@ -93,7 +96,7 @@ def server_command(
         flags |= cpu_flags(hf, tensor_parallel_size)
     if weight_transfer == "ipc":
         env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # CUDA handles travel pickled
-    switches = ["--tokens-only", "--disable-log-stats", "--disable-uvicorn-access-log", *(["--enforce-eager"] if is_cpu_build() else [])]
+    switches = ["--tokens-only", "--disable-log-stats", "--disable-uvicorn-access-log", *(CPU_SWITCHES if is_cpu_build() else [])]
     pairs = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     return [sys.executable, "-m", "megatron_r1.rollout.vllm_serve", model_folder, *pairs, *switches, *extra], env
 
